@@ -293,14 +293,11 @@ def _fit(
     order = batching.epoch_batches(
         0, n=len(prompts), batch_size=method.batch // method.samples, key=key, steps=method.iterations
     )
-    text_order = None
-    if ptx is not None:
-        n = len(ptx.tokens_BL)
-        text_key = jax.random.fold_in(key, 1)
-        text_order = batching.epoch_batches(0, n=n, batch_size=n_text, key=text_key, steps=method.iterations)
+    n, text_key = 1 if ptx is None else len(ptx.tokens_BL), jax.random.fold_in(key, 1)
+    text_order = batching.epoch_batches(0, n=n, batch_size=n_text, key=text_key, steps=method.iterations)
 
     def batch_at(i: int) -> ppo.Batch:
-        text = None if ptx is None or text_order is None else jax.tree.map(lambda x: x[text_order[i]], ptx)
+        text = None if ptx is None else jax.tree.map(lambda x: x[text_order[i]], ptx)
         return ppo.Batch(prompts.tokens_BP[order[i]], prompts.mask_BP[order[i]], text)  # type: ignore[arg-type]
 
     def newest_state() -> ppo.PPOState:
@@ -347,15 +344,16 @@ def _evaluate(
         return {}
     job.progress.start("evaluate", 2)
     measured = {}
-    for number, (name, policy) in enumerate({"before": inputs.policy.params, "after": params}.items()):
+    before, after = policy_samples.BEFORE, policy_samples.AFTER
+    for number, (name, policy) in enumerate({before: inputs.policy.params, after: params}.items()):
         sampled = sampler(policy, inputs.reference, held_out, jax.random.fold_in(job.key("evaluate"), number))
         measured[name] = policy_samples.Measured(
             sampled, scorer.measure(frozen.reward, sampled.rollout, size=sampler.size)
         )
         job.progress.update("evaluate", number + 1, 2)
     job.progress.finish("evaluate")
-    return {
-        "evaluation": policy_samples.compare(measured["before"], measured["after"], held_out),
+    return policy_samples.compare(measured[before], measured[after], held_out) | {
+        "reference": before if inputs.reference is inputs.policy.params else "reference",
         "transcripts": policy_samples.transcripts(scorer, held_out, measured),
     }
 

@@ -22,6 +22,8 @@ from rlhf_jax.data import chat
 from rlhf_jax.train import ppo
 
 SAMPLES = "samples.jsonl"
+BEFORE, AFTER = "initial_policy", "trained_policy"
+"""Names of the policies in the results."""
 SHOWN = 2
 """Number of prompts whose answers are shown during training."""
 TRANSCRIPTS = 8
@@ -31,7 +33,7 @@ class Sampled(NamedTuple):
     """Answers to prompts, as NumPy arrays, and their KL from the reference in nats."""
 
     rollout: types.Rollout
-    kl_B: np.ndarray
+    kl_B: Any
 
 
 class Sampler:
@@ -70,12 +72,11 @@ def compare(before: Measured, after: Measured, prompts: Prompts) -> dict[str, An
     """Returns the results of both policies on the same prompts, each mean with its clustered 95 % interval."""
     mean = partial(_mean, asked_B=prompts.asked_B)
     reward, old = after.scores["reward"], before.scores["reward"]
+    win_rate = mean(diagnostics.win_outcomes(reward, old), rate=True)
     return {
-        "before": _numbers(before, prompts),
-        "after": _numbers(after, prompts),
+        "policies": {BEFORE: _numbers(before, prompts), AFTER: _numbers(after, prompts) | {"win_rate": win_rate}},
+        "baseline": BEFORE,
         "reward_change": mean(reward - old),
-        "win_rate": mean(diagnostics.win_outcomes(reward, old), rate=True),
-        "prompts": len(prompts),
     }
 
 
@@ -100,18 +101,17 @@ def _numbers(measured: Measured, prompts: Prompts) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> list[tuple[str, Any]]:
     """Returns the rows of the table that is printed at the end of a run."""
-    found = results.get("evaluation")
     rows: list[tuple[str, Any]] = []
-    if found:
-        before, after = found["before"], found["after"]
+    if found := results.get("policies"):
+        before, after = found[BEFORE], found[AFTER]
         names = [name for name in after if name.startswith("reward")]
         for name in (*names, "length", "stopped"):
             rows += [
                 (f"{name.replace('_', ' ')} before", before[name]),
                 (f"{name.replace('_', ' ')} after", after[name]),
             ]
-        rows.insert(2, ("change of the reward", found["reward_change"]))
-        rows.insert(3, ("win rate of after against before, by reward", found["win_rate"]))
+        rows.insert(2, ("change of the reward", results["reward_change"]))
+        rows.insert(3, ("win rate of after against before, by reward", after["win_rate"]))
         rows.insert(4, ("KL from the reference after, nats per answer", after["kl"]))
     return [*rows, ("iterations", results["iterations"])]
 
@@ -127,7 +127,11 @@ def transcripts(scorer: Scorer, prompts: Prompts, measured: Mapping[str, Measure
     """Returns the answers of both policies to the first held-out prompts, for the report."""
     shown = {name: texts(scorer, each.sampled.rollout) for name, each in measured.items()}
     return [
-        {"prompt": _prompt_text(record), "answers": {name: each[i] for name, each in shown.items()}}
+        {
+            "prompt": _prompt_text(record),
+            "answers": {name: each[i] for name, each in shown.items()},
+            "gold": {name: float(each.scores["reward"][i]) for name, each in measured.items()},
+        }
         for i, record in enumerate(prompts.records[:TRANSCRIPTS])
     ]
 

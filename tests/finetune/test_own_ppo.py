@@ -73,7 +73,7 @@ def files(tmp_path_factory):
     }
 
 
-def settings(files, out, *flags, reward="count_a"):
+def settings(files, out, *flags, reward: str | None = "count_a"):
     given = () if reward is None else ("--reward", f"{files['functions']}:{reward}")
     arguments = ("--policy", files["policy"], "--prompts", files["prompts"], "--out", out, *SHORT, *given, *flags)
     return ppo.parse([str(each) for each in arguments])
@@ -83,15 +83,16 @@ def test_training_raises_the_count_of_a_letter(files, tmp_path, capsys):
     rates = ("--ppo.learning-rate", 0.02, "--ppo.critic-learning-rate", 0.02, "--ppo.kl-coef", 0.0, "--ppo.ema", 0.5)
     flags = ("--ppo.iterations", 16, "--ppo.batch", 32, "--ppo.warmup", 1, "--show-every", 8, *rates)
     results = ppo.run(settings(files, tmp_path / "run", *flags))
-    found = results["evaluation"]
-    assert found["after"]["reward"][0] > 2 * found["before"]["reward"][0] and found["win_rate"][1] > 0.5
-    assert found["before"]["kl"][0] == 0 and found["after"]["kl"][1] > 0
+    before, after = results["policies"]["initial_policy"], results["policies"]["trained_policy"]
+    assert after["reward"][0] > 2 * before["reward"][0] and after["win_rate"][1] > 0.5
+    assert before["kl"][0] == 0 and after["kl"][1] > 0
     cfg, params = lm.load(tmp_path / "run" / "model")
     assert cfg.n_layers == 1 and "head" not in params
     lines = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [8, 8, 16, 16]
     assert all(line["reward"] == line["response"].count("a") == line["count_a"] for line in lines)
-    assert "papaya" in (tmp_path / "run" / "report.html").read_text()
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "papaya" in report and "trained policy beats initial policy on" in report
     assert "step 16, reward" in capsys.readouterr().err
 
 
@@ -155,7 +156,7 @@ def test_kinds_of_runs(files, tmp_path, flags):
 def test_normalised_scores_have_mean_0_and_deviation_1_on_answers_of_the_policy(files, tmp_path):
     flags = ("--reward-model", files["wide"], "--held-out", 0.9, "--ppo.learning-rate", 1e-6)
     results = ppo.run(settings(files, tmp_path / "run", *flags, reward=None))
-    low, high = results["evaluation"]["before"]["reward"][1:]
+    low, high = results["policies"]["initial_policy"]["reward"][1:]
     assert low < 0 < high
 
 
@@ -170,7 +171,7 @@ def test_training_ends_at_the_kl_limit_and_the_policy_is_saved(files, tmp_path):
     saved = weights(tmp_path / "run")
     (tmp_path / "run" / "results.json").unlink()  # as if the run had been killed during the evaluation
     again = ppo.run(ppo.parse(["--resume", str(tmp_path / "run")]))
-    assert again["iterations"] == results["iterations"] and again["evaluation"] == results["evaluation"]
+    assert again["iterations"] == results["iterations"] and again["policies"] == results["policies"]
     for first, second in zip(saved, weights(tmp_path / "run"), strict=True):
         np.testing.assert_array_equal(first, second)
 
