@@ -26,8 +26,8 @@ from launch.setting_checks import require
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateSettings(sampling_settings.Sampling):
-    """Settings of evaluate.py."""
+class Comparison:
+    """What evaluate.py compares, and how it judges."""
 
     policies: tuple[str, ...] = ()
     """The policies to compare, of which the first is the baseline: folders in Hugging Face format, or output folders of
@@ -53,6 +53,11 @@ class EvaluateSettings(sampling_settings.Sampling):
     """Number of prompts whose answers are shown side by side in the report."""
     out: str | None = None
     """Output folder. None uses runs/evaluate-TIME."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateSettings(sampling_settings.Sampling, Comparison):
+    """Settings of evaluate.py."""
 
 
 def parse(arguments: list[str]) -> EvaluateSettings:

@@ -22,8 +22,8 @@ from launch import command_line, process_setup
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SampleSettings(sampling_settings.Sampling):
-    """Settings of sample.py."""
+class Files:
+    """What sample.py reads and writes."""
 
     model: str
     """The model: a folder in Hugging Face format, or the output folder of an earlier command."""
@@ -32,6 +32,11 @@ class SampleSettings(sampling_settings.Sampling):
     selects several files."""
     out: str = "samples.jsonl"
     """JSONL file to write."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleSettings(sampling_settings.Sampling, Files):
+    """Settings of sample.py."""
 
 
 def parse(arguments: list[str]) -> SampleSettings:

@@ -33,7 +33,7 @@ class Sampled(NamedTuple):
     """Answers to prompts, as NumPy arrays, and their KL from the reference in nats."""
 
     rollout: types.Rollout
-    kl_B: np.ndarray
+    kl_B: Any
 
 
 class Sampler:

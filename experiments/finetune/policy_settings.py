@@ -38,11 +38,8 @@ class Method(settings.RL):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PPOSettings(RunSettings, Optimizer):
-    """Settings of ppo.py."""
-
-    command: ClassVar[str] = "ppo"
-    inputs: ClassVar[tuple[str, ...]] = ("policy", "prompts", "reward_model", "critic", "reference", "ptx")
+class Training:
+    """What ppo.py trains, on which prompts and with which rewards."""
 
     policy: str
     """The policy to start from: a folder in Hugging Face format, or the output folder of an earlier command."""
@@ -88,6 +85,15 @@ class PPOSettings(RunSettings, Optimizer):
     and saved."""
     on_alarm: Literal["report", "stop"] = "report"
     """Response to an alarm, such as a negative KL. `report` prints it and continues; `stop` saves and stops the run."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PPOSettings(RunSettings, Optimizer, Training):
+    """Settings of ppo.py."""
+
+    command: ClassVar[str] = "ppo"
+    inputs: ClassVar[tuple[str, ...]] = ("policy", "prompts", "reward_model", "critic", "reference", "ptx")
+
     epsilon: float = 1e-5
     """Number added to the root of AdamW's second moment. Has no effect with `adafactor` and `lion`."""
     lora: Lora = dataclasses.field(default_factory=Lora)

@@ -174,7 +174,7 @@ def _preset_fields(arguments: list[str]) -> dict[str, Any]:
     preset = settings.preset(
         flags["preset"] or "default",
         dialogues=flags["data.path"] is not None,
-        pretrained=flags["model"] is not None,
+        pretrained=flags["model"] is not None and not settings.is_architecture(flags["model"]),
         published=flags["published"],
     )
     return {field.name: getattr(preset, field.name) for field in dataclasses.fields(settings.Settings)}

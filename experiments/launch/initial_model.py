@@ -14,10 +14,9 @@ from typing import Any, TypeVar
 import jax
 
 from launch import config_file, device_mesh
-from launch.run_settings import RunSettings, SettingError, Template, TrainCompute
+from launch.run_settings import RunSettings, SettingError, Template, TrainCompute, is_architecture
 from rlhf_jax import lm, parallel, types
 from rlhf_jax.data import chat, errors, tokenizers
-from rlhf_jax.lm import config
 
 LANGUAGE_MODEL, REWARD_MODEL = "language model", "reward model"
 _SAVED_AS = {
@@ -49,11 +48,6 @@ class InitialModel:
                 f"{source}: {prompt_width} + {response_width} tokens exceed the maximum length of "
                 f"--model {self.path} ({self.cfg.max_length} tokens)"
             )
-
-
-def is_architecture(model: str) -> bool:
-    """Returns whether ``model`` names a preset of `lm.LMConfig` instead of a folder."""
-    return model in config.PRESETS and not pathlib.Path(model).exists()
 
 
 def load(
@@ -95,13 +89,19 @@ def check_exists(path: str, *, kind: str, flag: str) -> None:
         raise SettingError(f"cannot use {flag} {path}: {error}") from error
 
 
+def new_config(architecture: str, vocab_size: int) -> lm.LMConfig:
+    """Returns the configuration of a model with random weights, for which `is_architecture` is true."""
+    cfg = lm.LMConfig.preset(architecture, vocab_size=vocab_size)
+    if cfg.positions == "rope":  # not limited by a table of positions
+        cfg = dataclasses.replace(cfg, max_length=max(cfg.max_length, ROTARY_LENGTH))
+    return cfg
+
+
 def create(
     architecture: str, fmt: chat.ChatFormat, key: jax.Array, *, mesh: jax.sharding.Mesh | None = None
 ) -> InitialModel:
     """Returns a model with random weights and the vocabulary of ``fmt``, for which `is_architecture` is true."""
-    cfg = lm.LMConfig.preset(architecture, vocab_size=len(fmt.tokenizer))
-    if cfg.positions == "rope":  # not limited by a table of positions
-        cfg = dataclasses.replace(cfg, max_length=max(cfg.max_length, ROTARY_LENGTH))
+    cfg = new_config(architecture, len(fmt.tokenizer))
     make = partial(lm.init, cfg=cfg)
     if mesh is None:
         params = jax.jit(make)(key)

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from typing import ClassVar, Literal
+
+ARCHITECTURES = ("tiny", "gpt2", "pythia-1b", "llama-3-8b", "llama-3-70b")
+"""Values of --model that are not folders: architectures of models with random weights."""
+
+
+def is_architecture(model: str | None) -> bool:
+    """Returns whether ``model`` names an architecture instead of a folder."""
+    return model in ARCHITECTURES and not pathlib.Path(model).exists()
 
 
 class SettingError(ValueError):

@@ -151,8 +151,13 @@ def check_used(settings: Settings, preset: Settings, unused: Unused) -> None:
     common = (
         (settings.data.path is not None, _OF_THE_WORLD, "with --data.path, which replaces the built-in world"),
         (settings.data.path is None, [f"data.{name}" for name in _OF_A_FILE], "without --data.path"),
-        (settings.model is None, ("template",), "without --model, whose chat template it changes"),
-        (settings.model is not None, _OF_A_NEW_MODEL, "with --model, which replaces the new model"),
+        (
+            settings.given_model is None,
+            ("template",),
+            "without --model, whose chat template it changes",
+        ),
+        (settings.given_model is not None, _OF_A_NEW_MODEL, "with --model, which replaces the new model"),
+        (settings.model is not None, ("net",), f"with --model {settings.model}, which has its own size"),
     )
     refuse_changed(settings, preset, [(names, why) for applies, names, why in common if applies])
     refuse_changed(settings, preset, unused)

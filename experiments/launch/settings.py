@@ -6,9 +6,9 @@ import dataclasses
 from typing import Any, ClassVar, Literal
 
 from launch import published_settings
-from launch.run_settings import Compute, Mesh, RunSettings, SettingError, Template, TrainCompute
+from launch.run_settings import Compute, Mesh, RunSettings, SettingError, Template, TrainCompute, is_architecture
 
-__all__ = ["Compute", "Mesh", "RunSettings", "SettingError", "Template", "TrainCompute"]
+__all__ = ["Compute", "Mesh", "RunSettings", "SettingError", "Template", "TrainCompute", "is_architecture"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,8 +290,9 @@ class Settings(RunSettings):
     )
 
     model: str | None = None
-    """Folder of the model to start from, in Hugging Face format and with its tokenizer. None trains a new model of the
-    size given by --net.*."""
+    """Folder of the model to start from, in Hugging Face format and with its tokenizer, the output folder of an earlier
+    command, or the name of an architecture (tiny, gpt2, pythia-1b, llama-3-8b), of which a new model is trained. None
+    trains a new model of the size given by --net.*."""
     preset: str = "default"
     """`default`, with which instructgpt.py takes about 5 minutes on two CPU cores, or `smoke`, which runs all stages in
     about a minute, too short to learn much."""
@@ -316,6 +317,11 @@ class Settings(RunSettings):
     reward_model: RewardModel = dataclasses.field(default_factory=RewardModel)
     ppo: PPO = dataclasses.field(default_factory=PPO)
     evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
+
+    @property
+    def given_model(self) -> str | None:
+        """The folder of the model to start from; None if a new model is trained."""
+        return None if is_architecture(self.model) else self.model
 
     def folder_name(self, kind: str | None = None) -> str:
         """Returns the beginning of the run folder's default name; ``kind`` defaults to the name of the command."""

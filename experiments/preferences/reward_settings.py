@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from launch import mesh_settings
 from launch import settings as settings_lib
+from launch.run_settings import is_architecture
 from launch.setting_checks import require
 from launch.settings import SettingError
 
@@ -145,7 +146,9 @@ def _check_pattern(settings: RewardSettings) -> None:
 
     training, key = settings.training, jax.random.key(0)
     try:
-        if settings.model is None:
+        if is_architecture(settings.model):
+            cfg = lm.LMConfig.preset(str(settings.model), vocab_size=8)
+        elif settings.model is None:
             cfg = lm.LMConfig(
                 vocab_size=8, n_layers=1, d_model=8, n_heads=2, d_mlp=8, max_length=8, tie_embeddings=True
             )
@@ -186,7 +189,7 @@ def unused(settings: RewardSettings) -> Iterator[tuple[Sequence[str], str]]:
     yield ("hosts",), "on reward_model.py, which runs on a single host"
     if training.normalise != "policy":
         yield ("data.prompts",), f"on reward_model.py with --training.normalise {training.normalise}"
-    if settings.model is not None:
+    if settings.given_model is not None:
         yield ("pretrain.documents",), "on reward_model.py with --model, which pretrains no model"
     if settings.folds:
         yield _OF_A_SINGLE_MODEL, "with --folds, which uses --cv.*"

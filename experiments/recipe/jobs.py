@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import optax
 from launch import initial_model
-from launch.settings import Settings
+from launch.settings import SettingError, Settings
 
 from recipe import engine, optimiser_choice, policy_sampling, rl_methods, tasks, world_words
 from rlhf_jax import generation, lm, parallel, types
@@ -138,6 +138,14 @@ def model_config(settings: Settings, task: tasks.Task, model: initial_model.Init
     """Returns the architecture of --model or, without it, of a new model with the size given by --net.*."""
     if model is not None:
         return initial_model.with_compute(model.cfg, settings.compute)
+    if settings.model is not None:
+        cfg = initial_model.new_config(settings.model, len(task.tokenizer))
+        if task.row_width > cfg.max_length:
+            raise SettingError(
+                f"a prompt with an answer has {task.row_width} tokens, more than the {cfg.max_length} of --model "
+                f"{settings.model}; lower --data.prompt-width or --data.response-width"
+            )
+        return initial_model.with_compute(cfg, settings.compute)
     return lm.LMConfig(
         vocab_size=len(task.tokenizer),
         n_layers=settings.net.layers,

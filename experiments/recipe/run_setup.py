@@ -55,12 +55,14 @@ def open_run(
     """
 
     def prepare(resolved: Settings, mesh: Any) -> tuple[Settings, Any]:
-        model = initial_model.load(settings.model, mesh=mesh, template=settings.template) if settings.model else None
+        path = settings.given_model
+        model = initial_model.load(path, mesh=mesh, template=settings.template) if path else None
         dated = initial_model.with_date(settings, model)
         task = tasks.make_task(dated, model)
         if task.comparisons is not None:  # the file may have fewer comparisons than a batch
             n = len(task.comparisons[0].ranks_BK) // (2 if settings.reward_model.heldout else 1)
             mesh_settings.check_divides(resolved.mesh, "--reward-model.batch", min(settings.reward_model.batch, n))
+        jobs.model_config(settings, task, model)
         accept(task)
         return dated, (model, task)
 

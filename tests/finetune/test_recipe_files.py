@@ -1,5 +1,6 @@
 """instructgpt.py with a file of its own for each kind of data, and runs that stop after a stage."""
 
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -8,11 +9,12 @@ import sys
 import instructgpt
 import launch
 import pytest
-from launch import config_file, run_folder
+from launch import config_file, run_folder, run_settings
 from launch.run_settings import SettingError
-from recipe import tasks
+from recipe import jobs, tasks
 
 from rlhf_jax.data import errors
+from rlhf_jax.lm import config
 
 WORDS = ("tea", "milk", "bread", "salt", "rice", "fish", "corn", "plum")
 SMALL = ("--preset", "smoke", "--data.prompt-width", "40", "--data.response-width", "16", "--data.vocab-size", "300")
@@ -88,6 +90,21 @@ def test_a_run_that_stopped_is_not_finished_and_continues_with_another_stage(tmp
     ]
     assert [name for name, _ in instructgpt._weights("ppo")[1]] == ["ppo"]
     assert [name for name, _ in instructgpt._weights(None)[1]] == ["ppo", "ppo_ptx", "evaluate"]
+
+
+def test_a_new_model_can_have_the_architecture_of_a_preset(files):
+    assert set(run_settings.ARCHITECTURES) == set(config.PRESETS)
+    given = ["--model", "gpt2", "--data.path", str(files["comparisons.jsonl"])]
+    made = instructgpt.parse([*SMALL, *given])
+    cfg = jobs.model_config(made, tasks.make_task(made), None)
+    assert (cfg.n_layers, cfg.positions, made.given_model) == (12, "learned", None) and cfg.vocab_size <= 300
+    assert made.ppo.learning_rate == instructgpt.parse(["--preset", "smoke"]).ppo.learning_rate, "from scratch"
+    with pytest.raises(SettingError, match=r"--net\.layers has no effect with --model gpt2, which has its own size"):
+        instructgpt.parse([*SMALL, *given, "--net.layers", "5"])
+    long = instructgpt.parse([*SMALL, *given, "--data.prompt-width", "1020"])
+    task = dataclasses.replace(tasks.make_task(made), prompt_width=1020)
+    with pytest.raises(SettingError, match=r"has 1036 tokens, more than the 1024 of --model gpt2"):
+        jobs.model_config(long, task, None)
 
 
 @pytest.mark.slow
