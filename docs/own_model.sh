@@ -23,7 +23,7 @@ stage() { # NAME COMMAND FLAGS...: runs a command with the output folder OUT/NAM
     local name=$1 command=$2
     shift 2
     [[ -e $out/$name/results.json ]] && return
-    if [[ -e $out/$name/config.json ]]; then
+    if [[ -n $(find "$out/$name/checkpoints" -type f -print -quit 2> /dev/null) ]]; then
         python "experiments/$command" --resume "$out/$name"
     else
         python "experiments/$command" --out "$out/$name" "$@"

@@ -17,7 +17,7 @@ If the step does not fit in memory, up to --tries similar plans are compiled unt
 gradient communication are in bfloat16, and parameters and optimiser state are in float32. A decoding loop, which ends
 when all answers have stopped, is assumed to run for --response iterations.
 
-For TPU topologies, run pip install 'rlhf_jax[tpu]' on Linux. The exit status is 0 if the step fits, 1 if it does not
+For TPU topologies, run pip install -e '.[tpu]' on Linux. The exit status is 0 if the step fits, 1 if it does not
 and 2 for invalid input.
 
 A plan takes one to five minutes and 6 GB on two CPU cores. experiments/README.md lists the expected results.

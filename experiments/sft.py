@@ -93,6 +93,7 @@ def run(settings: SFTSettings) -> dict[str, Any]:
             fmt = demonstrations.train_chat_format(found, data.vocab_size)
             model = initial_model.create(settings.model, fmt, key, mesh=mesh)
         else:
+            initial_model.refuse_vocab_size(data)
             model = initial_model.load(settings.model, mesh=mesh, template=settings.template)
         limit = model.cfg.max_length
         if data.width is not None and data.width > limit:

@@ -82,7 +82,7 @@ class _Service:
             self._run = self._start(path.read_text(encoding="utf-8"), directory, {"project": "rlhf_jax"} | options)
         except ImportError as error:
             raise LogError(
-                f"logging to {self.package} needs its package; install it with pip install 'rlhf_jax[{self.package}]'"
+                f"logging to {self.package} needs its package; install it with pip install -e '.[{self.package}]'"
             ) from error
         except Exception as error:
             text = (str(error) or type(error).__name__).splitlines()[0]

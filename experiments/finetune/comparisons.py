@@ -85,6 +85,7 @@ def load(settings: Any, mesh: Any, counts: errors.DropCount) -> tuple[initial_mo
         fmt = human_comparisons.train_chat_format(parts[0], data.vocab_size)
         model = initial_model.create(settings.model, fmt, key, mesh=mesh)
     else:
+        initial_model.refuse_vocab_size(data)
         model = initial_model.load(settings.model, mesh=mesh, template=settings.template)
     lengths = measure(model.fmt, rankings)
     widths = choose_widths(lengths, data, max_length=model.cfg.max_length)

@@ -75,7 +75,7 @@ class RewardFunction:
         try:
             values = [np.asarray(each, np.float32) for each in returned]
         except (TypeError, ValueError):
-            raise self._wrong(f"{type(returned).__name__} with something other than numbers") from None
+            raise self._wrong(f"{type(returned).__name__} instead of a list of numbers") from None
         if len(values) != len(lengths):
             raise self._wrong(f"{len(values)} values for {len(lengths)} answers")
         per_token = any(each.ndim for each in values)

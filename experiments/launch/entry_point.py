@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import pathlib
 import signal
 import sys
 import threading
@@ -73,8 +74,15 @@ def _describe(error: BaseException) -> str:
     if isinstance(error, loop.Alarmed):
         return f"{error}; to continue anyway, use --resume"
     if isinstance(error, loop.Preempted) or _again() == _RESUME:
-        return f"{str(error) or 'stopped'}; {_RESUME}"
+        folder = folder_lock.held()
+        return f"{str(error) or 'stopped'}; {_RESUME}{f' {_short(folder)}' if folder else ''}"
     return process_setup.STOPPED_EARLY if folder_lock.held() is None else f"stopped; {_again()}"
+
+
+def _short(folder: pathlib.Path) -> str:
+    """Returns the path relative to the working directory if it is below it."""
+    here = pathlib.Path.cwd().resolve()
+    return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
 
 
 _RESUME = "continue with --resume"

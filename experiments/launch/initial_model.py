@@ -97,6 +97,12 @@ def new_config(architecture: str, vocab_size: int) -> lm.LMConfig:
     return cfg
 
 
+def refuse_vocab_size(data: Any) -> None:
+    """Raises SettingError if --data.vocab-size is given although a model has its own tokenizer."""
+    if data.vocab_size != type(data).vocab_size:
+        raise SettingError("--data.vocab-size has no effect with a --model that has a tokenizer; leave it out")
+
+
 def create(
     architecture: str, fmt: chat.ChatFormat, key: jax.Array, *, mesh: jax.sharding.Mesh | None = None
 ) -> InitialModel:

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -101,9 +102,24 @@ def free_folder(out: str | None, *, kind: str) -> pathlib.Path:
         raise SettingError(f"--out {path}: this process may not write in {existing}; give another folder")
     if path.is_dir() and any(each.name != folder_lock.NAME for each in path.iterdir()):
         _refuse_if_used(f"--out {path}", folder_lock.owner(path))
+        if _has_only_begun(path):
+            return path
         content = "a run (resume it with --resume)" if config_file.is_run(path) else "files"
         raise SettingError(f"--out {path} already contains {content}; give a new or empty folder")
     return path
+
+
+_BEGINNING = (config_file.NAME, INCIDENTS, metrics.FILE_NAME, "tensorboard", "samples.jsonl", "checkpoints")
+
+
+def _has_only_begun(path: pathlib.Path) -> bool:
+    """Returns whether a folder has a run that ended before its first checkpoint, for example by a wrong setting.
+
+    Nothing is lost if a new run replaces it.
+    """
+    names = {each.name for each in path.iterdir()} - {folder_lock.NAME}
+    saved = any(each.is_file() for each in (path / "checkpoints").rglob("*"))
+    return config_file.is_run(path) and names <= set(_BEGINNING) and not saved
 
 
 def create(path: pathlib.Path, settings: RunSettings) -> RunFolder:
@@ -130,6 +146,8 @@ def create_folder(path: pathlib.Path, config: dict[str, Any]) -> None:
         path.mkdir(parents=True, exist_ok=True)
         lock(f"--out {path}", path)
         free_folder(str(path), kind="")  # another process may have used it before it was locked
+        for name in _BEGINNING if _has_only_begun(path) else ():
+            shutil.rmtree(path / name) if (path / name).is_dir() else (path / name).unlink(missing_ok=True)
         write_json(path / config_file.NAME, config)
     except OSError as error:
         raise SettingError(f"cannot write to --out {path}: {error.strerror}; give another folder") from error

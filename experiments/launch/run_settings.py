@@ -56,7 +56,7 @@ class TrainCompute(Compute):
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """The chat template of --model."""
+    """The chat template of the model."""
 
     options: str | None = None
     """Values of the template's variables as a JSON object, such as {"enable_thinking": false}. They are saved with the

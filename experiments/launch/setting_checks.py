@@ -255,7 +255,7 @@ def check_log(settings: RunSettings) -> None:
     """Raises SettingError if the package of a service in --log is not installed."""
     for name in settings.log:
         if name != "tensorboard" and name not in sys.modules and importlib.util.find_spec(name) is None:
-            raise SettingError(f"--log {name} needs a package; install it with pip install 'rlhf_jax[{name}]'")
+            raise SettingError(f"--log {name} needs a package; install it with pip install -e '.[{name}]'")
 
 
 def check_stage(settings: Any) -> None:

@@ -88,7 +88,7 @@ def devices(plan: Plan) -> list[Any]:
     if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
         raise SettingError(
             f"--topology {plan.topology} needs the TPU compiler, which runs without a TPU; install it with: "
-            "pip install 'rlhf_jax[tpu]' (Linux, 0.2 GB)"
+            "pip install -e '.[tpu]' (Linux, 0.2 GB)"
         )
     from jax.experimental import topologies
 

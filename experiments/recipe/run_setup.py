@@ -72,6 +72,8 @@ def open_run(
         print_line(out, f"data: {task.dropped.report()}")
         for text in task.notes:
             run.folder.note("data", text)
+        if settings.data.path is None and settings.model is not None:
+            print_line(out, "without --data.path, the data is that of the built-in world")
         if model is not None:
             print_line(out, f"starting from {model.path} ({model.cfg.model_type}); chat template: {model.fmt.origin}")
         cfg = jobs.model_config(settings, task, model)

@@ -68,8 +68,19 @@ def test_folder_that_another_process_has_just_created_is_refused(tmp_path, holde
     run_folder.create(tmp_path, Settings())  # a folder with only the lock of a dead process is empty
 
 
-def test_folder_that_another_process_has_used_since_the_first_check_is_refused(tmp_path):
+def test_folder_with_a_checkpoint_is_refused_and_one_without_is_used_again(tmp_path):
     run_folder.create(tmp_path, Settings())
+    run_folder.create(tmp_path, Settings(seed=1)).note("sft", "a warning")
+    folder = run_folder.create(tmp_path, Settings(seed=2))
+    assert config_file.read(str(tmp_path))["seed"] == 2 and folder.incidents() == []
+    (tmp_path / "checkpoints" / "sft" / "1").mkdir(parents=True)
+    run_folder.create(tmp_path, Settings(seed=3))
+    (tmp_path / "checkpoints" / "sft" / "1").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "sft" / "1" / "data").touch()
+    with pytest.raises(SettingError, match="already contains a run"):
+        run_folder.create(tmp_path, Settings())
+    (tmp_path / "checkpoints" / "sft" / "1" / "data").unlink()
+    (tmp_path / "results.json").touch()
     with pytest.raises(SettingError, match="already contains a run"):
         run_folder.create(tmp_path, Settings())
 

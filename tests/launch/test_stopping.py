@@ -35,7 +35,7 @@ def test_signal_between_stages_ends_the_command_with_one_line(number, tmp_path, 
         signal.raise_signal(number)
 
     config = '{"command": "sft", "version": 4}'
-    assert stopped(run, capsys) == "stopped between two training stages; continue with --resume"
+    assert stopped(run, capsys) == f"stopped between two training stages; continue with --resume {tmp_path}"
     config = "{}"  # of a command that cannot be resumed
     assert stopped(run, capsys) == "stopped; start it again"
     assert folder_lock.held() is None
