@@ -127,7 +127,7 @@ def run(settings: EvaluateSettings) -> dict[str, Any]:
     names = compared_policies.names(settings.samples or settings.policies)
     sampled = settings.prompts is not None
     if sampled:
-        found = answers.read_prompts(settings, settings.prompts, counts)
+        found = answers.read_prompts(settings, settings.prompts, counts)  # pyright: ignore[reportArgumentType]
         policies: list[compared_policies.Given] = []
     else:
         policies = [compared_policies.read(file, name=name) for file, name in zip(settings.samples, names)]
@@ -248,8 +248,8 @@ def measure_all(
     rows = np.flatnonzero(usable_N).tolist()
     if not rows:
         raise errors.DataError("no prompt is left: the judges cannot score any")
-    if len(rows) < len(usable_N):
-        note(f"{len(usable_N) - len(rows)} prompts are left out, because a judge cannot score their answers")
+    if len(rows) < len(usable_N):  # pyright: ignore[reportArgumentType]
+        note(f"{len(usable_N) - len(rows)} prompts are left out, because a judge cannot score their answers")  # pyright: ignore[reportArgumentType]
     n = len(policies[0].lines[0])
     used = [given.at(rows, n) for given in policies]
     asked = judges.clusters(used, note=note)

@@ -58,15 +58,15 @@ class ApplyFn(NamedTuple):
 
 @struct.dataclass
 class TokenBatch:
-    """Rows of tokens, with masks of the real tokens and of the tokens to train on."""
+    """Rows of tokens, with masks of the real tokens and of the tokens to train on, as JAX or NumPy arrays."""
 
-    tokens_BL: jax.Array
+    tokens_BL: Any
     """int32 token ids."""
-    mask_BL: jax.Array
+    mask_BL: Any
     """bool, True at real tokens."""
-    loss_mask_BL: jax.Array
+    loss_mask_BL: Any
     """bool, True at the tokens that contribute to the loss."""
-    segments_BL: jax.Array | None = None
+    segments_BL: Any = None
     """int32, number of the sequence to which each token of a packed row belongs (`data.packing`); None without packing.
     The first token of a sequence has no context; its log-probability is 0, regardless of the loss mask."""
 

@@ -214,9 +214,9 @@ class Sampler:
             yield [
                 Answer(
                     *chosen[b],
-                    rollout.tokens_BL[b, width : width + rollout.lengths_B[b]].tolist(),
-                    bool(rollout.finish_B[b]),
-                    float(rollout.logprobs_BT[b].sum(dtype=np.float64)),
+                    rollout.tokens_BL[b, width : width + rollout.lengths_B[b]].tolist(),  # pyright: ignore[reportCallIssue]
+                    bool(rollout.finish_B[b]),  # pyright: ignore[reportCallIssue]
+                    float(rollout.logprobs_BT[b].sum(dtype=np.float64)),  # pyright: ignore[reportCallIssue]
                 )
                 for b in range(len(chosen))
             ]
@@ -234,7 +234,7 @@ def _keys(seed: Any, policy: Any, numbers_B2: Any) -> jax.Array:
 
 def text_of(fmt: chat.ChatFormat, ids: Sequence[int], *, stopped: bool) -> str:
     """Returns the text of an answer without special tokens; ``stopped`` says whether its last token is a stop token."""
-    return fmt.tokenizer.decode(list(ids[:-1] if stopped else ids), skip_special_tokens=True)
+    return fmt.tokenizer.decode(list(ids[:-1] if stopped else ids), skip_special_tokens=True)  # pyright: ignore[reportReturnType]
 
 
 def line_of(fmt: chat.ChatFormat, prompts: Prompts, answer: Answer) -> dict[str, Any]:

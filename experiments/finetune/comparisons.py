@@ -98,7 +98,7 @@ def load(settings: Any, mesh: Any, counts: errors.DropCount) -> tuple[initial_mo
         _encode(model.fmt, part, group_B, widths, answers, counts, path=data.path)
         for part, group_B in zip(parts, groups)
     ]
-    return model, Data(*encoded, *widths, tuple(notes))
+    return model, Data(*encoded, *widths, tuple(notes))  # pyright: ignore[reportCallIssue]
 
 
 def describe(out: Console, folder: run_folder.RunFolder, data: Data, counts: errors.DropCount) -> None:

@@ -27,7 +27,7 @@ class Encoded:
 
     def at(self, indices: Sequence[int] | np.ndarray) -> Encoded:
         """Returns the conversations with these indices."""
-        return Encoded(*([values[i] for i in indices] for values in (self.ids, self.learnt, self.records)))
+        return Encoded(*([values[i] for i in indices] for values in (self.ids, self.learnt, self.records)))  # pyright: ignore[reportArgumentType]
 
 
 def read(path: str, counts: errors.DropCount) -> tuple[list[records.Demonstration], bool]:

@@ -78,12 +78,12 @@ def run(settings: OwnDPOSettings) -> dict[str, Any]:
             job.progress.skip("reference")
         start = training.trainable(settings.lora, cfg, model.params, jax.random.fold_in(job.key(STAGE), 1))
         planned = training.schedule(job, STAGE, len(rows.tokens_BKL), settings)
-        hyper = direct_alignment.hyperparameters(settings, learning_rate=0.0)
+        hyper = direct_alignment.hyperparameters(settings, learning_rate=0.0)  # pyright: ignore[reportArgumentType]
 
         def make_train_step(**options: Any) -> Any:
             objective = direct_alignment.LOSSES[settings.loss].objective
             step = dpo.make_train_step(logprobs, objective, reference=None, **options)
-            return lambda state, frozen, values, batch, rng: step(state, frozen, hyper.replace(**values), batch, rng)
+            return lambda state, frozen, values, batch, rng: step(state, frozen, hyper.replace(**values), batch, rng)  # pyright: ignore[reportAttributeAccessIssue]
 
         began = time.monotonic()
         trained = training.fit(job, STAGE, make_train_step, start, rows, settings, planned=planned)

@@ -63,7 +63,7 @@ def names(paths: Sequence[str]) -> list[str]:
     def short(path: str) -> str:
         parts = pathlib.PurePath(path).parts
         generic = len(parts) > 1 and parts[-1] in ("model", "policy", "reward_model")
-        last = parts[-2] if generic else parts[-1] if parts else path
+        last = parts[-2] if generic else parts[-1] if parts else path  # pyright: ignore[reportGeneralTypeIssues]
         return last.removesuffix(".jsonl")
 
     shortest = [short(path) for path in paths]

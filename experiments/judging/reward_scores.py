@@ -27,12 +27,12 @@ class Rows(NamedTuple):
 
 def encode(
     fmt: chat.ChatFormat,
-    prompts: Sequence[chat.encoders.Turns],
+    prompts: Sequence[chat.encoders.Turns],  # pyright: ignore[reportAttributeAccessIssue]
     answers: Sequence[Sequence[dialogues.Answer]],
     *,
     width: int,
     counts: errors.DropCount,
-    tools: Sequence[chat.encoders.Tools] | None = None,
+    tools: Sequence[chat.encoders.Tools] | None = None,  # pyright: ignore[reportAttributeAccessIssue]
     stopped: Sequence[Sequence[bool]] | None = None,
 ) -> Rows:
     """Encodes prompts, each with several answers, as rows of at most ``width`` tokens.
@@ -92,7 +92,10 @@ def encode(
 
 
 def _shortened(
-    fmt: chat.ChatFormat, turns: chat.encoders.Turns, tools: chat.encoders.Tools, width: int
+    fmt: chat.ChatFormat,
+    turns: chat.encoders.Turns,  # pyright: ignore[reportAttributeAccessIssue]
+    tools: chat.encoders.Tools,  # pyright: ignore[reportAttributeAccessIssue]
+    width: int,
 ) -> list[int] | None:
     """Returns the prompt without its oldest turns, except system turns, so that it fits or one question is left.
 

@@ -11,10 +11,10 @@ import numpy as np
 
 from launch import mesh_settings
 from launch.mesh_settings import AXES
-from launch.run_settings import RunSettings, SettingError
+from launch.run_settings import SettingError
 from rlhf_jax import lm, parallel
 
-S = TypeVar("S", bound=RunSettings)
+S = TypeVar("S", bound=Any)
 
 
 def resolve(settings: S) -> S:
@@ -46,7 +46,7 @@ def resolve(settings: S) -> S:
     return resolved
 
 
-def make(settings: RunSettings) -> jax.sharding.Mesh | None:
+def make(settings: Any) -> jax.sharding.Mesh | None:
     """Creates the mesh for settings that `resolve` has returned; returns None if they use a single device."""
     sizes = {axis: getattr(settings.mesh, axis) for axis in AXES}
     return parallel.make_mesh(**sizes) if any(size != 1 for size in sizes.values()) else None

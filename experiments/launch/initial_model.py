@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import jax
 
 from launch import config_file, device_mesh
-from launch.run_settings import RunSettings, SettingError, Template, TrainCompute, is_architecture
+from launch.run_settings import SettingError, Template, TrainCompute, is_architecture
 from rlhf_jax import lm, parallel, types
 from rlhf_jax.data import chat, errors, tokenizers
 
@@ -29,7 +29,7 @@ _FILES = ("*.json", "*.jinja", "*.safetensors", "tokenizer.model")
 ROTARY_LENGTH = 4096
 """Least maximum length of a new model with rotary positions, which is not limited to the widths of its training."""
 _AS_IT_IS = Template()
-S = TypeVar("S", bound=RunSettings)
+S = TypeVar("S", bound=Any)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from launch.run_settings import Mesh, RunSettings, SettingError
+from typing import Any
+
+from launch.run_settings import Mesh, SettingError
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 
 
-def is_sharded(settings: RunSettings) -> bool:
+def is_sharded(settings: Any) -> bool:
     """Returns whether the size of any mesh axis differs from 1."""
     return any(getattr(settings.mesh, axis) != 1 for axis in AXES)
 
 
-def check(settings: RunSettings) -> None:
+def check(settings: Any) -> None:
     """Raises SettingError for an invalid mesh size or a batch that is not a multiple of data x fsdp.
 
     While ``data`` is -1, batches are not checked. `device_mesh.resolve` computes ``data`` and checks them.

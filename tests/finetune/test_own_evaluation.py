@@ -34,7 +34,7 @@ def save_model(path, *, seed, words=WORDS, head=False, max_length=64, positions=
         n_heads=2,
         d_mlp=32,
         max_length=max_length,
-        positions=positions,
+        positions=positions,  # pyright: ignore[reportArgumentType]
         tie_embeddings=True,
     )
     params = jax.tree.map(lambda x: 4.0 * x, lm.init(jax.random.key(seed), cfg))
@@ -63,7 +63,7 @@ def prompts(tmp_path_factory):
 
 def settings(policies, prompts, tmp_path, **changes):
     defaults = {"model": policies[0], "prompts": prompts, "out": str(tmp_path / "s.jsonl"), "max_new_tokens": 6}
-    return sample.SampleSettings(**(defaults | {"n": 2, "batch": 4} | changes))
+    return sample.SampleSettings(**(defaults | {"n": 2, "batch": 4} | changes))  # pyright: ignore[reportArgumentType]
 
 
 def test_sample_writes_each_answer_with_its_log_probability(policies, prompts, tmp_path, capsys):
@@ -347,7 +347,7 @@ def test_the_kl_is_the_mean_log_ratio_at_the_sampling_temperature(compared, poli
     )
     assert judges.flat(found) == samples[1], "a policy's samples do not depend on the other policies"
     ratios = []
-    for prompt, each in found.ids:
+    for prompt, each in found.ids:  # pyright: ignore[reportOptionalIterable]
         for ids in each:
             row = jnp.array([prompt + ids])
             a, b = (

@@ -84,8 +84,8 @@ def test_the_script_takes_a_published_model_through_all_stages(tmp_path):
         with torch.no_grad():
             theirs = model(torch.tensor(ids)).logits.numpy()
         if "head" in params:
-            ours = lm.score(params, ids, cfg=cfg, mask_BL=np.ones(ids.shape, bool))[:, None]
+            ours = lm.score(params, ids, cfg=cfg, mask_BL=np.ones(ids.shape, bool))[:, None]  # pyright: ignore[reportArgumentType]
         else:
-            ours = lm.logits(params, lm.forward(params, ids, cfg=cfg).hidden_BLD, cfg=cfg)
+            ours = lm.logits(params, lm.forward(params, ids, cfg=cfg).hidden_BLD, cfg=cfg)  # pyright: ignore[reportArgumentType]
         np.testing.assert_allclose(ours, theirs, atol=2e-3 * np.abs(theirs).max(), err_msg=name)
         assert transformers.AutoTokenizer.from_pretrained(out / name / "model").chat_template

@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 def documented(step):
     """Returns the metrics in the docstring of a function that makes a train step, which names them before a colon."""
-    text = inspect.getdoc(step).partition("Metrics")[2].partition("Example:")[0]
+    text = inspect.getdoc(step).partition("Metrics")[2].partition("Example:")[0]  # pyright: ignore[reportOptionalMemberAccess]
     lists = re.findall(r"(?<!and )((?:``\w+``,\s+)*``\w+``):", text)
     return {name for names in lists for name in re.findall(r"\w+", names)}
 
