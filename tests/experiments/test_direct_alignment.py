@@ -162,7 +162,7 @@ def random_pairs(job, seed=0, n=12):
     return pairs_lib.Pairs(types.Preferences(tokens, mask, answer), np.arange(n))  # pyright: ignore
 
 
-SHORT = ("cdpo", "kto", "simpo")
+SHORT = ("kto",)
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ def sft_run(demonstrations, tmp_path_factory) -> pathlib.Path:
     return out
 
 
+@pytest.mark.slow
 def test_sft_lowers_the_held_out_loss_and_saves_a_model_that_commands_accept(sft_run, demonstrations, tmp_path):
     results = json.loads((sft_run / "results.json").read_text())
     before, after = results["held_out_loss"]["before"], results["held_out_loss"]["after"]
@@ -89,6 +90,7 @@ def test_data_that_is_too_small_is_refused_before_a_folder_is_created(demonstrat
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_sft_trains_on_the_preferred_answers_of_comparisons(tmp_path):
     path = tmp_path / "pairs.jsonl"
     records = [{"prompt": f"Is {n} even?", "chosen": "Yes, it is.", "rejected": "No."} for n in range(0, 80, 2)]

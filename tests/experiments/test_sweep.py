@@ -137,6 +137,7 @@ def test_one_program_reproduces_the_results_of_separate_runs(tmp_path):
     ],
     ids=lambda how: how.get("method", "ppo") + "-" + str(len(how)),
 )
+@pytest.mark.slow
 def test_every_rl_method_and_option_trains(tmp_path, how):
     asked = small(**how)
     setting_checks.check(asked)
@@ -522,6 +523,7 @@ def test_a_sweep_uses_the_models_and_settings_of_another_run(tmp_path):
         sweep.parse(["--from-run", str(tmp_path)])
 
 
+@pytest.mark.slow
 def test_all_combinations_share_one_compiled_step(tmp_path):
     over = ("ppo.kl_coef=0,0.5", "ppo.entropy_coef=0,0.1", "ppo.ptx_coef=0,2")
     asked = dataclasses.replace(sweep.parse(["--over", *over, "--seeds", "1"]), **vars(small()))

@@ -123,6 +123,7 @@ def test_an_answer_does_not_depend_on_its_batch_and_an_interrupted_run_continues
     assert [line["response"] for line in other] != [line["response"] for line in whole]
 
 
+@pytest.mark.slow
 def test_greedy_answers_are_equal_and_truncated_sampling_draws_likely_tokens(policies, prompts, tmp_path):
     greedy = sample.run(settings(policies, prompts, tmp_path, temperature=0.0, limit=5, n=3))
     assert len(greedy) == 15
@@ -397,6 +398,7 @@ def test_evaluate_joins_files_of_samples_by_prompt(compared, reward_model, tmp_p
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.slow
 def test_policies_with_other_tokenizers_are_compared_without_a_kl(policies, prompts, reward_model, tmp_path):
     other = save_model(tmp_path / "other", seed=3, words=WORDS[::-1])
     settings = evaluation(tmp_path, policies=(policies[0], other), prompts=prompts, reward_model=(reward_model,), n=1)
@@ -405,6 +407,7 @@ def test_policies_with_other_tokenizers_are_compared_without_a_kl(policies, prom
     assert "has another tokenizer" in results["incidents"][0]["text"]
 
 
+@pytest.mark.slow
 def test_a_policy_does_not_beat_itself_and_long_rows_are_shortened(policies, prompts, reward_model, tmp_path):
     same = dict(policies=(policies[0],) * 2, prompts=prompts, reward_model=(reward_model,), temperature=0.0)
     results = evaluate.run(evaluation(tmp_path, **same, width=10))

@@ -100,6 +100,7 @@ def weights(run):
     return jax.tree.leaves(lm.load(pathlib.Path(run) / "model")[1])
 
 
+@pytest.mark.slow
 def test_resumed_run_has_the_bits_of_an_uninterrupted_one(files, tmp_path, monkeypatch):
     flags = ("--show-every", 1, "--saves", 3, "--ppo.learning-rate", 0.01)
     ppo.run(settings(files, tmp_path / "whole", *flags))
@@ -137,6 +138,7 @@ def test_resumed_run_has_the_bits_of_an_uninterrupted_one(files, tmp_path, monke
         ),
     ],
 )
+@pytest.mark.slow
 def test_kinds_of_runs(files, tmp_path, flags):
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": " ".join(WORDS[i:] + WORDS[:i])}) + "\n" for i in range(10)))
@@ -153,6 +155,7 @@ def test_kinds_of_runs(files, tmp_path, flags):
     assert all(np.isfinite(x).all() for x in weights(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_normalised_scores_have_mean_0_and_deviation_1_on_answers_of_the_policy(files, tmp_path):
     flags = ("--reward-model", files["wide"], "--held-out", 0.9, "--ppo.learning-rate", 1e-6)
     results = ppo.run(settings(files, tmp_path / "run", *flags, reward=None))
@@ -160,6 +163,7 @@ def test_normalised_scores_have_mean_0_and_deviation_1_on_answers_of_the_policy(
     assert low < 0 < high
 
 
+@pytest.mark.slow
 def test_training_ends_at_the_kl_limit_and_the_policy_is_saved(files, tmp_path):
     flags = ("--stop-at-kl", 0.05, "--ppo.iterations", 12, "--ppo.learning-rate", 0.05, "--ppo.kl-coef", 0)
     results = ppo.run(settings(files, tmp_path / "run", *flags))
@@ -217,6 +221,7 @@ def test_errors_of_reward_functions_name_the_line(files, tmp_path):
         policy_functions.RewardFunction("nowhere:count")
 
 
+@pytest.mark.slow
 def test_an_error_within_a_step_is_that_of_the_function(files, tmp_path):
     path = tmp_path / "late.py"
     path.write_text("n = [0]\ndef late(prompts, answers):\n    n[0] += 1\n    return [0.0] * (len(answers) // n[0])\n")

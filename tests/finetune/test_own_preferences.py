@@ -94,6 +94,7 @@ def test_packing_and_micro_batches_do_not_change_the_losses(pairs, tmp_path):
     np.testing.assert_allclose(found["parts"], found["whole"], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_adapters_heads_and_partial_training_leave_the_rest_of_the_model_as_it_was(pairs, reward_run, tmp_path):
     base = tmp_path / "base"
     saved = initial_model.load(str(reward_run), kind=initial_model.REWARD_MODEL)
@@ -144,6 +145,7 @@ def test_a_policy_is_trained_on_its_own_from_its_reference(dpo_run):
     assert initial_model.load(str(dpo_run)).cfg.n_layers == 2
 
 
+@pytest.mark.slow
 def test_the_reported_log_probabilities_are_those_of_the_saved_policy(dpo_run, pairs):
     model = initial_model.load(str(dpo_run))
     settings = dpo.parse(["--model", str(dpo_run), "--data.path", str(pairs)])
@@ -163,6 +165,7 @@ def test_the_reported_log_probabilities_are_those_of_the_saved_policy(dpo_run, p
     [("kto",), ("orpo", "--pairs", 1), ("ipo", "--lora.rank", 4, "--learning-rate", 2e-2, "--micro-batches", 2)],
     ids=lambda flags: flags[0],
 )
+@pytest.mark.slow
 def test_other_losses_and_adapters_raise_the_implicit_accuracy(flags, pairs, tmp_path):
     rate = () if "--learning-rate" in flags else ("--learning-rate", 2e-3)
     common = (*NEW, "--data.path", pairs, "--batch", 8, "--steps", 12, *rate)

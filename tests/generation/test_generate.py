@@ -143,6 +143,7 @@ def test_one_program_for_every_temperature():
     assert len(traces) == 1 and len(means) == 3
 
 
+@pytest.mark.slow
 def test_vmap_over_seeds_matches_a_loop():
     params = jax.tree.map(lambda x: jnp.stack([x, 0.8 * x]), model(ROPE))
     rngs = jnp.stack([keys(seed=1), keys(seed=2)])

@@ -409,7 +409,9 @@ def test_prompt_width_selects_the_response_columns(cfg):
             lm.token_logprobs(params, tokens, cfg=cfg, prompt_width=width)
 
 
-@pytest.mark.parametrize("change", [{}, dict(remat="full"), dict(n_layers=1)])
+@pytest.mark.parametrize(
+    "change", [{}, *(pytest.param(each, marks=pytest.mark.slow) for each in (dict(remat="full"), dict(n_layers=1)))]
+)
 def test_restricting_columns_does_not_change_gradients(change):
     cfg = dataclasses.replace(next(iter(CONFIGS.values())), **change)
     tokens, P = some_tokens(cfg), 5
