@@ -132,6 +132,8 @@ def run(settings: SFTSettings) -> dict[str, Any]:
         outcome.describe_model(opened, out, model, cfg)
         start = training.trainable(settings.lora, cfg, model.params, jax.random.fold_in(job.key("sft"), 2))
         token_logprobs = partial(lm.token_logprobs, cfg=cfg)
+        with job.checkpoints("sft") as saved:
+            before = saved.latest() or 0
         began = time.monotonic()
         trained = training.fit(job, "sft", partial(sft.make_train_step, token_logprobs), start, rows, settings)
         seconds = time.monotonic() - began
@@ -141,13 +143,14 @@ def run(settings: SFTSettings) -> dict[str, Any]:
         losses = {"before": measure(model.params), "after": measure(params)}
         job.progress.finish("evaluate")
     steps = len(opened.folder.log.rows("sft"))
-    tokens = int(rows.mask_BL.mean() * width * min(settings.batch, len(rows.mask_BL)) * steps)
+    per_step = rows.mask_BL.mean() * width * min(settings.batch, len(rows.mask_BL))
     results = {
         "conversations": {"training": len(train.ids), "held_out": len(held_out.ids)},
         "rows": len(rows.tokens_BL),
         "width": width,
         "steps": steps,
-        "tokens_per_second": tokens / seconds if seconds > 0 else None,
+        # Of the steps of this process, with the compilation; a resumed run repeats no finished step.
+        "tokens_per_second": float(per_step * (steps - before) / seconds) if steps > before else None,
         "held_out_loss": losses,
         "dropped": counts.dropped | counts.truncated,
     }

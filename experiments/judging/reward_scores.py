@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,12 +27,12 @@ class Rows(NamedTuple):
 
 def encode(
     fmt: chat.ChatFormat,
-    prompts: Sequence[chat.encoders.Turns],  # pyright: ignore[reportAttributeAccessIssue]
+    prompts: Sequence[Sequence[dialogues.Turn]],
     answers: Sequence[Sequence[dialogues.Answer]],
     *,
     width: int,
     counts: errors.DropCount,
-    tools: Sequence[chat.encoders.Tools] | None = None,  # pyright: ignore[reportAttributeAccessIssue]
+    tools: Sequence[Sequence[Mapping[str, Any]]] | None = None,
     stopped: Sequence[Sequence[bool]] | None = None,
 ) -> Rows:
     """Encodes prompts, each with several answers, as rows of at most ``width`` tokens.
@@ -93,8 +93,8 @@ def encode(
 
 def _shortened(
     fmt: chat.ChatFormat,
-    turns: chat.encoders.Turns,  # pyright: ignore[reportAttributeAccessIssue]
-    tools: chat.encoders.Tools,  # pyright: ignore[reportAttributeAccessIssue]
+    turns: Sequence[dialogues.Turn],
+    tools: Sequence[Mapping[str, Any]],
     width: int,
 ) -> list[int] | None:
     """Returns the prompt without its oldest turns, except system turns, so that it fits or one question is left.
