@@ -16,7 +16,7 @@ too, except those of PPO and evaluation. Of those of PPO, --ppo.temperature appl
 contains results.json, report.html, config.json, metrics.jsonl, tensorboard/, checkpoints/ and reward_model/, a Hugging
 Face model with normalised scores, or, with --folds, the results of each fold.
 
-Cross-validation (--folds) requires scikit-learn (pip install "rlhf_jax[baselines]"). In each fold, a tokenizer, a small
+Cross-validation (--folds) requires scikit-learn (pip install -e '.[baselines]'). In each fold, a tokenizer, a small
 base model and an ensemble of reward models are trained on the training pairs. Two baselines are evaluated on the same
 folds: preferring the shorter answer, and a logistic regression on TF-IDF features whose penalty is chosen on inner
 splits. All pairs of a conversation are in the same fold, and intervals are clustered by conversation.

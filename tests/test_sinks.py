@@ -67,7 +67,7 @@ def test_trackio_gets_the_same_metrics(tmp_path, calls):
 
 def test_failure_of_a_service_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(metrics.LogError, match="wandb needs its package; install it with pip install 'rlhf_jax"):
+    with pytest.raises(metrics.LogError, match="wandb needs its package; install it with pip install -e '"):
         metrics.MetricLog(tmp_path, sinks=[sinks.Wandb])
     package = types.ModuleType("wandb")
     package.init = lambda **options: 1 / 0  # type: ignore
@@ -79,5 +79,5 @@ def test_failure_of_a_service_is_one_line(tmp_path, monkeypatch):
 def test_missing_package_is_refused_before_the_run(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     setting_checks.check_log(Settings())
-    with pytest.raises(SettingError, match=r"--log trackio needs a package; install it with pip install 'rlhf_jax"):
+    with pytest.raises(SettingError, match=r"--log trackio needs a package; install it with pip install -e '"):
         setting_checks.check_log(Settings(log=("tensorboard", "trackio")))

@@ -25,7 +25,7 @@ def need_sklearn() -> None:
         import sklearn  # noqa: F401
     except ImportError:
         raise SettingError(
-            '--folds needs scikit-learn for its baselines; install it with: pip install "rlhf_jax[baselines]"'
+            "--folds needs scikit-learn for its baselines; install it with: pip install -e '.[baselines]'"
         ) from None
 
 

@@ -107,7 +107,7 @@ def _decompressed(file: io.BufferedReader, kind: str | None, name: str) -> Any:
         import pyarrow
     except ImportError:
         raise errors.DataError(
-            f"{name} is compressed with {kind}, which needs pyarrow; install it with pip install 'rlhf_jax[parquet]', "
+            f"{name} is compressed with {kind}, which needs pyarrow; install it with pip install -e '.[parquet]', "
             "or decompress the file with zstd -d"
         ) from None
     stream: Any = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode="r"), "zstd")

@@ -269,7 +269,7 @@ def _parquet_records(name: str) -> Iterator[RawRecord]:
         import pyarrow.parquet
     except ImportError:
         raise errors.DataError(
-            f"{name}: reading Parquet needs pyarrow; install it with pip install 'rlhf_jax[parquet]'"
+            f"{name}: reading Parquet needs pyarrow; install it with pip install -e '.[parquet]'"
         ) from None
     n = 0
     try:

@@ -90,7 +90,7 @@ def test_unreadable_files_raise_a_one_sentence_error(tmp_path, monkeypatch):
     (tmp_path / "cut.parquet").write_bytes(content[: len(content) // 2])
     expect_error(tmp_path / "cut.parquet", r"cut\.parquet, row 1: the Parquet file cannot be read")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    expect_error(tmp_path / "ok.parquet", r"needs pyarrow; install it with pip install 'rlhf_jax\[parquet\]'")
+    expect_error(tmp_path / "ok.parquet", r"needs pyarrow; install it with pip install -e '\.\[parquet\]'")
 
 
 def test_byte_order_marks_and_blank_lines_at_the_end_are_ignored(tmp_path):

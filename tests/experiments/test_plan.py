@@ -117,7 +117,7 @@ def test_a_hugging_face_configuration_is_read(tmp_path):
 def test_without_the_tpu_compiler_the_error_says_how_to_install_it(monkeypatch):
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SettingError, match=r"pip install 'rlhf_jax\[tpu\]'"):
+    with pytest.raises(SettingError, match=r"pip install -e '\.\[tpu\]'"):
         chips.devices(Plan(topology="v5e:2x4"))
 
 
