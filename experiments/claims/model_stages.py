@@ -6,11 +6,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from recipe import comparison_data, evaluation, stages
+from recipe import comparison_data, evaluation, policy_sampling, stages
 
 from claims.result_store import Result
 from claims.trial import Trial
 from rlhf_jax import types
+from rlhf_jax.simulation import labelers
+from rlhf_jax.train import ppo
 
 
 def pretrain(trial: Trial) -> types.Params:
@@ -59,7 +61,7 @@ def train_policy(
         own.settings.ppo.iterations,
         batch_at=batch_at,
         hyper_at=hyper_at,
-        frozen=stages.ppo.Frozen(start, reward),
+        frozen=ppo.Frozen(start, reward),
         log=lambda step, floats: rows.append(floats),
     )
     logged = {name: np.array([row.get(name, np.nan) for row in rows]) for name in rows[0]}
@@ -69,23 +71,39 @@ def train_policy(
 def answer(
     trial: Trial, policy: types.Params, start: types.Params, reward: types.Params, *, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """Returns what a policy's answers to the held-out prompts are worth, one number per prompt."""
-    if "policy" in policy:
-        policy = policy["policy"]
+    """Returns what a policy's answers to the held-out prompts are worth, one row per prompt.
+
+    ``features`` are those of the labelers; they include the length.
+    """
     key = jax.random.fold_in(trial.key("evaluate"), seed)
-    answers = trial.sampler(policy, start, reward, trial.task.eval_prompts, key)
+    return _worth(trial.sampler(policy.get("policy", policy), start, reward, trial.task.eval_prompts, key))
+
+
+def _worth(answers: policy_sampling.Answers) -> dict[str, np.ndarray]:
     return {
         "gold": np.asarray(answers.gold.total),
         "score": answers.scores_B,
         "kl": answers.kl_B,
-        "length": answers.lengths_B,
+        "features": np.asarray(labelers.features(answers.gold)),
     }
+
+
+def answer_often(
+    trial: Trial, policy: types.Params, start: types.Params, reward: types.Params, *, prompts: int, samples: int
+) -> dict[str, np.ndarray]:
+    """Returns the same of ``samples`` answers to each of the first held-out prompts, ``[prompts, samples, ...]``."""
+    asked = trial.task.eval_prompts.at(np.repeat(np.arange(prompts), samples))
+    key = jax.random.fold_in(trial.key("evaluate"), 1000)
+    worth = _worth(trial.sampler(policy.get("policy", policy), start, reward, asked, key))
+    return {name: x.reshape(prompts, samples, *x.shape[1:]) for name, x in worth.items()}
 
 
 def probe(trial: Trial, policy: types.Params) -> dict[str, Any]:
     """Returns the skill accuracy and the pretraining loss of a policy."""
     found = evaluation.make_probe(trial)(policy.get("policy", policy))
-    return {name: found[name][0] for name in ("pretraining_loss", "skill_accuracy")}
+    return {name: found[name][0] for name in ("pretraining_loss", "skill_accuracy")} | {
+        skill: accuracy[0] for skill, accuracy in found["skills"].items()
+    }
 
 
 class Recipe:
