@@ -1,4 +1,4 @@
-"""C07: PPO pays an alignment tax on pretraining skills, and PPO-ptx mostly removes it (Ouyang et al. 2022, Fig. 28, 29).
+"""C07: PPO pays an alignment tax on pretraining skills, and PPO-ptx removes most of it (Ouyang et al. 2022, Fig. 29).
 
 Skill problems such as copying and sorting are part of the pretraining text and never of the prompts of RL. PPO loses
 some of these skills; PPO-ptx, which adds the pretraining loss, keeps them at about the same gold utility. Twice as many
@@ -72,7 +72,7 @@ CLAIM = Claim(
     id="C07",
     paper="Ouyang et al. 2022, Figures 28, 29 and 35",
     claim="PPO pays an alignment tax on pretraining skills, and PPO-ptx mostly removes it; longer training regresses.",
-    published="SQuADv2, DROP, HellaSwag and WMT Fr-En drop; PPO-ptx beats GPT-3 on HellaSwag and is behind on the others",
+    published="SQuADv2, DROP, HellaSwag and WMT Fr-En drop; PPO-ptx beats GPT-3 on HellaSwag, not on the others",
     differs="The skills are copying, sorting, sums and looking up, instead of public benchmarks.",
     measure=measure,
     decide=decide,
