@@ -74,7 +74,7 @@ if __name__ == "__main__":
 import json
 from typing import Any
 
-from claims import catalogue, claim_report, runner, suite
+from claims import catalogue, claim_report, claim_results, runner
 from launch import entry_point
 from rich import box
 from rich.console import Console
@@ -91,7 +91,7 @@ def run(settings: ClaimsSettings) -> list[dict[str, Any]]:
     folder = pathlib.Path(settings.out)
     if not settings.report:
         _run_claims(settings, folder, out)
-    results = suite.read(folder)
+    results = claim_results.read(folder)
     if not results:
         raise SettingError(f"--out {folder} has no results of claims; run some first, such as claims.py C09")
     page = claim_report.write(folder, results)
@@ -118,12 +118,12 @@ def _run_claims(settings: ClaimsSettings, folder: pathlib.Path, out: Console) ->
             own = [runner.Work(each.claim, seed) for seed in seeds]
             if all(other in done for other in own):
                 claim = catalogue.CLAIMS[each.claim]
-                results = suite.decide(
+                results = claim_results.decide(
                     claim, [done[other] for other in own], seeds=seeds, settings={"quick": settings.quick}
                 )
                 measured_S = [done[other].measured for other in own]
                 if settings.null:
-                    results["null_rate"] = suite.null_rate(claim, measured_S, shuffles=400)
+                    results["null_rate"] = claim_results.null_rate(claim, measured_S, shuffles=400)
                 (folder / f"{claim.id}.svg").write_text(claim.plot(measured_S))
                 (folder / f"{claim.id}.json").write_text(json.dumps(results, indent=2) + "\n")
                 progress.console.print(f"{claim.id} {results['verdict']}: {claim.claim}", soft_wrap=True)

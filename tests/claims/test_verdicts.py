@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from claims import suite, verdicts
+from claims import claim_results, verdicts
 from claims.instructgpt import c09_kl_coefficient
 
 
@@ -60,4 +60,4 @@ def test_exchanged_arms_are_rarely_shown():
     rng = np.random.default_rng(1)
     peak = 0.1 * np.array([0, 1, 2, 3, 2, 1, 0, 0])
     measured = [arms(peak + 0.01 * rng.normal(size=8)) for _ in range(5)]
-    assert suite.null_rate(c09_kl_coefficient.CLAIM, measured, shuffles=300) < 0.05
+    assert claim_results.null_rate(c09_kl_coefficient.CLAIM, measured, shuffles=300) < 0.05
