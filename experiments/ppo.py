@@ -300,7 +300,7 @@ def _fit(
     saved: int,
     **options: Any,
 ) -> ppo.PPOState:
-    """Trains until the last iteration or the KL limit, and returns the state; ``saved`` iterations have a checkpoint."""
+    """Trains until the last iteration or the KL limit. ``saved`` iterations have a checkpoint. Returns the state."""
     key, n_text = (
         job.key(stage),
         method.epochs * method.minibatches * round(method.batch // method.minibatches * method.ptx_ratio),
