@@ -33,8 +33,8 @@ class Method(settings.RL):
     critic_learning_rate: float | None = None
     """Learning rate of the critic after the warmup. None uses 5e-5, or 5e-4 with --lora.rank."""
     missing_stop_score: float | None = None
-    """Score for an answer without a stop token. None uses -3 if all rewards are normalised reward models, and otherwise
-    leaves the scores of such answers as they are."""
+    """Score for an answer without a stop token, at most 0. None uses -3 if all rewards are normalised reward models,
+    and otherwise leaves the scores of such answers as they are."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -161,7 +161,7 @@ def test_long_prompts_lose_their_oldest_turns_and_are_counted(policies, prompts,
     ("flags", "message"),
     [
         (["--n", "0"], "--n is 0; it must be at least 1"),
-        (["--temperature", "-1"], "--temperature is -1.0; it must be between 0 and"),
+        (["--temperature", "-1"], "--temperature is -1.0; it must be at least 0"),
         (["--top-p", "0"], "--top-p is 0.0; it must be above 0 and at most 1"),
         (["--mesh.data", "3"], "--batch is 16; it must be a multiple of 3"),
     ],
