@@ -140,6 +140,7 @@ from recipe import comparison_data, evaluation, jobs, precompile, reward_diagnos
 from rich.console import Console
 
 from rlhf_jax import lm, metrics, report
+from rlhf_jax.data import errors
 from rlhf_jax.report import console
 from rlhf_jax.report import results as results_lib
 
@@ -205,7 +206,7 @@ def run(settings: Any) -> dict[str, Any]:
     folder.write_json(run_folder.RESULTS, results)
     out.print(console.results_table(results))
     for name, used in results["training_data"].items():
-        numbers = ", ".join(f"{n} {noun.replace('_', ' ')}" for noun, n in used.items())
+        numbers = ", ".join(errors.counted(n, noun.replace("_", " ")) for noun, n in used.items())
         run_setup.print_line(out, f"{results_lib.label(name)} was trained on {numbers}")
     mean, low, high = (100 * x for x in implicit)
     run_setup.print_line(

@@ -114,7 +114,7 @@ def run(settings: EvaluateSettings) -> dict[str, Any]:
     resolved = device_mesh.resolve(settings)
     mesh = device_mesh.make(resolved)
     path = run_folder.free_folder(settings.out, kind="evaluate")
-    counts = errors.DropCount(max_dropped=settings.max_dropped)
+    counts = errors.DropCount(max_dropped=settings.max_dropped, flag="--max-dropped")
     loaded = [reward_functions.load(text) for text in settings.reward]
     functions = dict(zip(compared_policies.names(settings.reward), loaded))
     for flag, paths, kind in (
@@ -249,7 +249,8 @@ def measure_all(
     if not rows:
         raise errors.DataError("no prompt is left: the judges cannot score any")
     if len(rows) < len(usable_N):  # pyright: ignore[reportArgumentType]
-        note(f"{len(usable_N) - len(rows)} prompts are left out, because a judge cannot score their answers")  # pyright: ignore[reportArgumentType]
+        left = errors.counted(len(usable_N) - len(rows), "prompts")  # pyright: ignore[reportArgumentType]
+        note(f"leaving out {left} with answers that a judge cannot score")
     n = len(policies[0].lines[0])
     used = [given.at(rows, n) for given in policies]
     asked = judges.clusters(used, note=note)

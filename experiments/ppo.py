@@ -69,7 +69,7 @@ def run(settings: PPOSettings) -> dict[str, Any]:
     out = Console()
     if finished := outcome.show_finished(settings, out, policy_samples.table):
         return finished
-    counts = errors.DropCount(max_dropped=settings.max_dropped)
+    counts = errors.DropCount(max_dropped=settings.max_dropped, flag="--max-dropped")
     stage = "ppo" if settings.ptx is None else "ppo_ptx"
     prepare = partial(_prepare, counts=counts)
     with run_setup.open_folder(settings, out, stages=[(stage, 100.0), ("evaluate", 5.0)], prepare=prepare) as opened:
@@ -324,7 +324,9 @@ def _fit(
     except loop.Alarmed as alarmed:
         if not limit.reached:
             raise
-        job.note(stage, f"ended after {alarmed.step} of {method.iterations} iterations: {alarmed.reason}")
+        job.note(
+            stage, f"ended after {alarmed.step} of {errors.counted(method.iterations, 'iterations')}: {alarmed.reason}"
+        )
         job.progress.finish(stage)
         return newest_state()
 

@@ -129,7 +129,7 @@ def _cross_validate(settings: RewardSettings, out: Console) -> tuple[pathlib.Pat
         run_folder.lock(f"--resume {settings.resume}", pathlib.Path(settings.resume))
         run_folder.check_inputs_unchanged(settings.resume, settings)
     path = pathlib.Path(settings.resume) if settings.resume else run_folder.free_path(settings)
-    counts = errors.DropCount(max_dropped=settings.data.max_dropped)
+    counts = errors.DropCount(max_dropped=settings.data.max_dropped, flag="--data.max-dropped")
     rankings = human_comparisons.read(settings.data, counts)
     human_comparisons.check_roles(rankings)
     pairs = human_comparisons.pairs(rankings)
@@ -143,7 +143,7 @@ def _cross_validate(settings: RewardSettings, out: Console) -> tuple[pathlib.Pat
             f"--folds is {settings.folds}; it must be at most {n}, the number of conversations in {settings.data.path}"
         )
     folder = run_folder.resume(path, settings) if settings.resume else run_folder.create(path, settings)
-    run_setup.print_line(out, f"writing to {path}; data: {len(pairs)} pairs, {counts.report()}")
+    run_setup.print_line(out, f"writing to {path}; data: {errors.counted(len(pairs), 'pairs')}, {counts.report()}")
     with console.StageProgress([(f"fold-{n}", 1.0) for n in range(1, settings.folds + 1)]) as progress:
         folds = cross_validation.cross_validate(
             pairs, settings.cv, folds=settings.folds, seed=settings.seed, folder=folder, progress=progress

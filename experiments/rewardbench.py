@@ -120,7 +120,7 @@ def run(settings: RewardBenchSettings) -> dict[str, Any]:
     model = initial_model.load(settings.model, kind=initial_model.REWARD_MODEL)
     cfg = dataclasses.replace(model.cfg, dtype=settings.compute.dtype or model.cfg.dtype)
     max_length = min(settings.max_length or cfg.max_length, cfg.max_length)
-    counts = errors.DropCount(max_dropped=settings.data.max_dropped)
+    counts = errors.DropCount(max_dropped=settings.data.max_dropped, flag="--data.max-dropped")
     records = read(settings.data.path, counts=counts)
     with console.StageProgress([("tokenise", 1.0), ("score", 20.0)]) as progress:
         progress.start("tokenise", len(records))

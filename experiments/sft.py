@@ -84,7 +84,7 @@ def run(settings: SFTSettings) -> dict[str, Any]:
     out = Console()
     if finished := outcome.show_finished(settings, out, _table):
         return finished
-    counts = errors.DropCount(max_dropped=settings.data.max_dropped)
+    counts = errors.DropCount(max_dropped=settings.data.max_dropped, flag="--data.max-dropped")
 
     def prepare(resolved: SFTSettings, mesh: Any) -> tuple[SFTSettings, Any]:
         key, data = jax.random.key(settings.seed), settings.data

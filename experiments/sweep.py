@@ -101,6 +101,8 @@ from recipe import evaluation, jobs, precompile, run_setup
 from rich.console import Console
 from sweeps import frontier_plot, run_grid
 
+from rlhf_jax.data import errors
+
 
 def cells_of(settings: Sweep) -> list[run_grid.Cell]:
     """Returns the runs of a sweep, ordered by combination."""
@@ -149,8 +151,8 @@ def run(settings: Sweep) -> dict[str, Any]:
     out.print(frontier_plot.table(results["points"], swept=swept))
     run_setup.print_line(
         out,
-        f"Means over {settings.seeds} seeds ± half the width of their 95 % intervals. The win rate is by gold utility, "
-        "against the SFT model.",
+        f"Means over {errors.counted(settings.seeds, 'seeds')} ± half the width of their 95 % intervals. The win rate "
+        "is by gold utility, against the SFT model.",
     )
     run_setup.print_line(out, f"figure: {folder.path / 'sweep.html'}   results: {folder.path / 'sweep.json'}")
     return results

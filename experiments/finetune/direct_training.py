@@ -33,7 +33,7 @@ def run(settings: OwnDPOSettings) -> dict[str, Any]:
     out = Console()
     if finished := outcome.show_finished(settings, out, table):
         return finished
-    counts = errors.DropCount(max_dropped=settings.data.max_dropped)
+    counts = errors.DropCount(max_dropped=settings.data.max_dropped, flag="--data.max-dropped")
 
     def prepare(resolved: OwnDPOSettings, mesh: Any) -> tuple[OwnDPOSettings, Any]:
         model, data = comparisons.load(settings, mesh, counts)
@@ -155,7 +155,7 @@ def table(results: dict[str, Any]) -> list[tuple[str, Any]]:
     """Returns the rows of the table that the command prints."""
     n = results["pairs"]["held_out"]
     rows = [
-        (f"implicit accuracy on {n} held-out pairs before", results["implicit_accuracy_before"]),
+        (f"implicit accuracy on {errors.counted(n, 'held-out pairs')} before", results["implicit_accuracy_before"]),
         ("implicit accuracy after", results["implicit_accuracy"]),
         ("margin of the implicit rewards after", results["margin"]),
     ]

@@ -38,7 +38,7 @@ def show_finished(settings: RunSettings, out: Console, rows: Rows) -> dict[str, 
 
 def describe_data(out: Console, counts: errors.DropCount, sizes: Mapping[str, int]) -> None:
     """Prints the sizes of the data and the records that are not used or are shortened."""
-    text = ", ".join(f"{n} {name}" for name, n in sizes.items())
+    text = ", ".join(errors.counted(n, name) for name, n in sizes.items())
     run_setup.print_line(out, f"data: {text}; {counts.report()}")
 
 

@@ -168,7 +168,7 @@ def _check_rewards(chosen: PPOSettings) -> None:
         raise SettingError("no reward is given; set --reward-model FOLDER or --reward MODULE:FUNCTION")
     if chosen.reward_weights and len(chosen.reward_weights) != n:
         raise SettingError(
-            f"--reward-weights has {len(chosen.reward_weights)} numbers; it must have one for each of the {n} rewards"
+            f"the number of --reward-weights is {len(chosen.reward_weights)}; it must be {n}, the number of rewards"
         )
     if chosen.reward_weights and not any(chosen.reward_weights):
         raise SettingError("--reward-weights has only zeros; at least one weight must differ from 0")

@@ -36,7 +36,7 @@ def run(settings: OwnRewardSettings) -> dict[str, Any]:
     out = Console()
     if finished := outcome.show_finished(settings, out, table):
         return finished
-    counts = errors.DropCount(max_dropped=settings.data.max_dropped)
+    counts = errors.DropCount(max_dropped=settings.data.max_dropped, flag="--data.max-dropped")
 
     def prepare(resolved: OwnRewardSettings, mesh: Any) -> tuple[OwnRewardSettings, Any]:
         model, data = comparisons.load(settings, mesh, counts)
@@ -260,7 +260,7 @@ def table(results: dict[str, Any]) -> list[tuple[str, Any]]:
     facts = results["reward_model"]
     bias, calibration = facts["length_bias"], facts["calibration"]
     rows: list[tuple[str, Any]] = [
-        (f"accuracy on {facts['held_out_pairs']} held-out pairs", facts["accuracy"]),
+        (f"accuracy on {errors.counted(facts['held_out_pairs'], 'held-out pairs')}", facts["accuracy"]),
     ]
     if "gap" in facts:
         rows.append(("training accuracy minus held-out accuracy", facts["gap"]["accuracy_gap"]))
@@ -271,5 +271,8 @@ def table(results: dict[str, Any]) -> list[tuple[str, Any]]:
         ("correlation of score and length", bias["correlation"]),
     ]
     for kind, strata in facts["strata"].items():
-        rows += [(f"accuracy, {kind} {each['name']} ({each['count']} pairs)", each["accuracy"]) for each in strata]
+        rows += [
+            (f"accuracy, {kind} {each['name']} ({errors.counted(each['count'], 'pairs')})", each["accuracy"])
+            for each in strata
+        ]
     return [*rows, ("steps", results["steps"])]

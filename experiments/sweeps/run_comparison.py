@@ -13,6 +13,7 @@ from launch import config_file, run_folder
 from launch.settings import SettingError
 
 from rlhf_jax import diagnostics, metrics
+from rlhf_jax.data import errors
 from rlhf_jax.report import metric_display, plots
 from rlhf_jax.report import results as results_lib
 from sweeps import frontier_plot
@@ -119,8 +120,8 @@ def group(runs: Sequence[Run], labels: Sequence[str] = ()) -> list[Group]:
     if labels and len(labels) != len(groups):
         first = ", ".join(each.runs[0].path for each in groups)
         raise SettingError(
-            f"--labels names {len(labels)} instead of {len(groups)} groups of runs that differ only in the seed; give "
-            f"one label per group, in the order of their first runs: {first}"
+            f"--labels names {len(labels)} instead of {errors.counted(len(groups), 'groups')} of runs that differ only "
+            f"in the seed; give one label per group, in the order of their first runs: {first}"
         )
     differ = differences(groups)
     if not labels and 1 <= len(differ) <= 2:

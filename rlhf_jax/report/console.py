@@ -14,6 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from rlhf_jax.data import errors
 from rlhf_jax.report import results as results_lib
 
 
@@ -234,7 +235,7 @@ class StageProgress:
             place = f" in {self._heading(stage.name)} at step {stage.done}/{stage.total}" if stage else ""
             self._print(f"stopped{place} after {seconds}")
         else:
-            self._print(f"{len(self._finished)} of {len(self._weights)} stages done")
+            self._print(f"{len(self._finished)} of {errors.counted(len(self._weights), 'stages')} done")
 
     def start(self, stage: str, total: int, *, done: int = 0) -> None:
         """Starts a stage of ``total`` steps, of which an earlier run completed ``done``."""
@@ -243,7 +244,10 @@ class StageProgress:
         self._last_line, self._metrics, self._finished = now, "", self._finished - {stage}
         self._stage = _Stage(stage, done, done, total, now)
         if not self._live:
-            self._print(f"{self._heading(stage)}: {total} steps" + (f", resumed after {done}" if done else ""))
+            self._print(
+                f"{self._heading(stage)}: {errors.counted(total, 'steps')}"
+                + (f", resumed after {done}" if done else "")
+            )
 
     def update(self, stage: str, done: int, total: int, metrics: Mapping[str, Any] | None = None) -> None:
         """Records the progress of a stage; cheap enough to call after every step.
@@ -293,7 +297,7 @@ class StageProgress:
         self._stage, self._finished = None, self._finished | {stage}
         self._durations += ((share * self._weights[stage], seconds),)
         duration = results_lib.seconds_text(seconds)
-        self._print(f"{self._heading(stage)} done: {steps} steps in {duration} · {self._times()}")
+        self._print(f"{self._heading(stage)} done: {errors.counted(steps, 'steps')} in {duration} · {self._times()}")
 
     def skip(self, stage: str) -> None:
         """Marks a stage as done without running it, for example because it was restored."""

@@ -11,6 +11,8 @@ import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from rlhf_jax.data import errors
+
 POLICIES = {
     "base": "base",
     "sft": "SFT",
@@ -244,7 +246,7 @@ def headline(results: Mapping[str, Any]) -> str:
             )
     if not names and (sentence := _reward_model(results)):
         return sentence
-    return f"Results of {len(names)} {'policy' if len(names) == 1 else 'policies'}."
+    return f"Results of {errors.counted(len(names), 'policies')}."
 
 
 def _against_baseline(results: Mapping[str, Any]) -> list[str]:

@@ -390,7 +390,7 @@ def test_evaluate_joins_files_of_samples_by_prompt(compared, reward_model, tmp_p
     expected = np.mean([score(model, line) for line in samples[1] if line["index"] != 5])
     assert again["policies"]["b"]["score"][0] == pytest.approx(expected, rel=1e-4)
     texts = [each["text"] for each in again["incidents"]]
-    assert any("1 prompts of b are left out" in text for text in texts)
+    assert any("leaving out 1 prompt of b that" in text for text in texts)
     assert any("the KL is left out" in text for text in texts) and "kl" not in again["policies"]["b"]
     files[1].write_text('{"prompt": "tea"}\n')
     with pytest.raises(errors.DataError, match=r"b.jsonl, line 1 is not a sample"):
