@@ -123,7 +123,7 @@ def run(settings: EvaluateSettings) -> dict[str, Any]:
         ("--reward-model", settings.reward_model, initial_model.REWARD_MODEL),
     ):
         for each in paths:
-            initial_model.check_exists(each, kind=kind, flag=flag)
+            initial_model.check(each, kind=kind, flag=flag)
     names = compared_policies.names(settings.samples or settings.policies)
     sampled = settings.prompts is not None
     if sampled:

@@ -71,6 +71,7 @@ def run(settings: SampleSettings) -> list[dict[str, Any]]:
     resolved = device_mesh.resolve(settings)
     mesh = device_mesh.make(resolved)
     counts = errors.DropCount(max_dropped=settings.max_dropped, flag="--max-dropped")
+    initial_model.check(settings.model)
     found = answers.read_prompts(settings, settings.prompts, counts)
     model = initial_model.load(settings.model, mesh=mesh, template=settings.template)
     initial_model.with_date(settings, model)

@@ -88,6 +88,8 @@ def run(settings: SFTSettings) -> dict[str, Any]:
 
     def prepare(resolved: SFTSettings, mesh: Any) -> tuple[SFTSettings, Any]:
         key, data = jax.random.key(settings.seed), settings.data
+        if not initial_model.is_architecture(settings.model):
+            initial_model.check(settings.model)
         found, preferred = demonstrations.read(data.path, counts)
         if initial_model.is_architecture(settings.model):
             fmt = demonstrations.train_chat_format(found, data.vocab_size)

@@ -77,6 +77,8 @@ def load(settings: Any, mesh: Any, counts: errors.DropCount) -> tuple[initial_mo
         DataError: The data is unusable.
     """
     data, key, notes = settings.data, jax.random.key(settings.seed), []
+    if not initial_model.is_architecture(settings.model):
+        initial_model.check(settings.model)
     rankings, _ = readers.read_rankings(data.path, counts=counts)
     if not rankings:
         raise errors.DataError(f"{data.path} has no usable record ({counts.report()})")

@@ -93,6 +93,7 @@ class PPOSettings(RunSettings, Optimizer, Training):
 
     command: ClassVar[str] = "ppo"
     inputs: ClassVar[tuple[str, ...]] = ("policy", "prompts", "reward_model", "critic", "reference", "ptx")
+    functions: ClassVar[tuple[str, ...]] = ("reward",)
 
     epsilon: float = 1e-5
     """Number added to the root of AdamW's second moment. Has no effect with `adafactor` and `lion`."""
