@@ -129,7 +129,6 @@ if __name__ == "__main__":
     command_line.answer_help(parse)
     process_setup.use_huge_pages()
 
-import time
 
 import numpy as np
 from finetune import direct_training
@@ -194,7 +193,7 @@ def run(settings: Any) -> dict[str, Any]:
         **training_facts,
         **evaluated,
     }
-    results = run_folder.finite(results) | {"seconds": time.time() - process_setup.START_TIME}
+    results = run_folder.finite(results) | {"seconds": folder.elapsed.total}
     lm.save(folder.path / "policy", job.cfg, policy, tokenizer=job.task.tokenizer)
     report.write_report(
         folder.path / "report.html",

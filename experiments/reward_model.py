@@ -82,18 +82,16 @@ if __name__ == "__main__":
     process_setup.use_huge_pages()
 
 import pathlib
-import time
 
 import numpy as np
 from finetune import reward_training
-from launch import entry_point, run_folder
+from launch import elapsed_time, entry_point, run_folder
 from preferences import cross_validation, cross_validation_results, reward_baselines, reward_run
 from recipe import human_comparisons, run_setup
 from rich.console import Console
 from rich.table import Table
 
 from rlhf_jax.data import errors
-from rlhf_jax.report import console
 
 
 def run(settings: Any) -> dict[str, Any]:
@@ -108,7 +106,7 @@ def run(settings: Any) -> dict[str, Any]:
     path, results = (_cross_validate if settings.folds else reward_run.run)(settings, out)
     results |= {"seed": settings.seed, "preset": settings.preset}
     results["peak_rss_mb"] = process_setup.peak_memory_mb()
-    results["seconds"] = time.time() - process_setup.START_TIME
+    results["seconds"] = elapsed_time.ElapsedTime(path).total
     results = run_folder.finite(results)
     title, plotted, note = "A reward model", results, "All intervals are 95 % confidence intervals."
     if settings.folds:
@@ -144,11 +142,13 @@ def _cross_validate(settings: RewardSettings, out: Console) -> tuple[pathlib.Pat
         )
     folder = run_folder.resume(path, settings) if settings.resume else run_folder.create(path, settings)
     run_setup.print_line(out, f"writing to {path}; data: {errors.counted(len(pairs), 'pairs')}, {counts.report()}")
-    with console.StageProgress([(f"fold-{n}", 1.0) for n in range(1, settings.folds + 1)]) as progress:
+    weights = [(f"fold-{n}", 1.0) for n in range(1, settings.folds + 1)]
+    with run_setup.make_progress(weights, folder) as progress:
         folds = cross_validation.cross_validate(
             pairs, settings.cv, folds=settings.folds, seed=settings.seed, folder=folder, progress=progress
         )
     folder.log.close()
+    folder.elapsed.save()
     summary = cross_validation_results.summary(pairs, folds, seed=settings.seed)
     return path, {"dropped": counts.dropped, "incidents": folder.incidents(), **summary}
 

@@ -93,7 +93,6 @@ if __name__ == "__main__":
     process_setup.use_huge_pages()
 
 import pathlib
-import time
 
 import jax
 from launch import entry_point, run_folder
@@ -128,7 +127,7 @@ def run(settings: Sweep) -> dict[str, Any]:
         with precompile.in_background(job, {} if together else {cell.name: shared for cell in cells}):
             measured = _run_all(job, shared, cells, together=together)
     results = {
-        "seconds": time.time() - process_setup.START_TIME,
+        "seconds": folder.elapsed.total,
         "together": together,
         "traces": 1 if together else shared.ppo_step.traces,
         "points": [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from functools import partial
 from typing import Any
 
@@ -85,9 +84,7 @@ def run(settings: OwnDPOSettings) -> dict[str, Any]:
             step = dpo.make_train_step(logprobs, objective, reference=None, **options)
             return lambda state, frozen, values, batch, rng: step(state, frozen, hyper.replace(**values), batch, rng)  # pyright: ignore[reportAttributeAccessIssue]
 
-        began = time.monotonic()
         trained = training.fit(job, STAGE, make_train_step, start, rows, settings, planned=planned)
-        seconds = time.monotonic() - began
         params = start.merge(start.frozen, trained)
         job.progress.start("evaluate", 2)
         before_BK, after_BK = (
@@ -102,7 +99,6 @@ def run(settings: OwnDPOSettings) -> dict[str, Any]:
         "pairs": {"training": len(pairs), "held_out": len(held_out)},
         "widths": {"prompt": P, "response": data.response_width},
         "steps": planned.steps,
-        "training_seconds": seconds,
         "dropped": counts.dropped | counts.truncated,
         **measured,
     }

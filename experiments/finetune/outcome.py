@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -97,7 +96,7 @@ def finish(
 ) -> dict[str, Any]:
     """Writes report.html and, last, results.json; prints the table and returns the results with general facts."""
     facts = {
-        "seconds": time.time() - process_setup.START_TIME,
+        "seconds": folder.elapsed.total,
         "peak_rss_mb": process_setup.peak_memory_mb(),
         "seed": settings.seed,
         "incidents": folder.incidents(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -57,7 +56,6 @@ def run(settings: OwnRewardSettings) -> dict[str, Any]:
         planned = training.schedule(job, STAGE, len(rows.ranks_BK), settings)
         batch_at, saving = _batches(settings, job, rows, planned, pad_id=model.fmt.pad_id)
         score = make_scorer(job, width=data.longest)
-        began = time.monotonic()
         trained = training.fit(
             job,
             STAGE,
@@ -74,7 +72,6 @@ def run(settings: OwnRewardSettings) -> dict[str, Any]:
             batch_at=batch_at,
             **_validation(settings, job, score, start, data.held_out.rows, planned.steps),
         )
-        seconds = time.monotonic() - began
         params = start.merge(start.frozen, trained)
         if (heads := settings.training.heads) > 1:
             params = lm.heads.combine(params, jnp.full(heads, 1 / heads))
@@ -90,7 +87,6 @@ def run(settings: OwnRewardSettings) -> dict[str, Any]:
         "widths": {"prompt": data.prompt_width, "response": data.response_width},
         "steps": planned.steps,
         "packing": saving,
-        "training_seconds": seconds,
         "dropped": counts.dropped | counts.truncated,
         "alarms": [
             {"stage": STAGE, "step": alarm.step, "name": alarm.name, "message": alarm.message}

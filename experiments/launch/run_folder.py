@@ -17,7 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from launch import config_file, folder_lock, initial_model, setting_checks
+from launch import config_file, elapsed_time, folder_lock, initial_model, setting_checks
 from launch.run_settings import RunSettings, SettingError
 from rlhf_jax import checkpoint, metrics, sinks
 from rlhf_jax.checkpoint import atomic
@@ -35,12 +35,14 @@ class RunFolder:
     incidents.jsonl lists problems from which the run recovered, if any.
 
     Attributes:
+        elapsed: The time that all processes of the run have taken.
         print_note: ``print_note(stage, text)`` prints an incident that `note` saves; by default, to stderr.
     """
 
     def __init__(self, path: pathlib.Path, log: metrics.MetricLog | None = None) -> None:
         """Opens an existing folder. `create` makes a new one."""
         self.path = path
+        self.elapsed = elapsed_time.ElapsedTime(path)
         self.log = metrics.MetricLog(path) if log is None else log
         self.print_note: Callable[[str, str], None] = lambda stage, text: print(f"{stage}: {text}", file=sys.stderr)
 
@@ -110,7 +112,15 @@ def free_folder(out: str | None, *, kind: str) -> pathlib.Path:
     return path
 
 
-_BEGINNING = (config_file.NAME, INCIDENTS, metrics.FILE_NAME, "tensorboard", "samples.jsonl", "checkpoints")
+_BEGINNING = (
+    config_file.NAME,
+    elapsed_time.NAME,
+    INCIDENTS,
+    metrics.FILE_NAME,
+    "tensorboard",
+    "samples.jsonl",
+    "checkpoints",
+)
 
 
 def _has_only_begun(path: pathlib.Path) -> bool:

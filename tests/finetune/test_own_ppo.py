@@ -4,13 +4,14 @@ import dataclasses
 import json
 import pathlib
 import shutil
+import time
 
 import jax
 import numpy as np
 import ppo
 import pytest
 from finetune import policy_data, policy_functions, policy_settings
-from launch import initial_model, run_folder
+from launch import initial_model, process_setup, run_folder
 from launch.run_settings import SettingError
 
 from rlhf_jax import lm
@@ -120,7 +121,11 @@ def test_resumed_run_has_the_bits_of_an_uninterrupted_one(files, tmp_path, monke
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(ppo.policy_samples, "make_show", make_interrupted)
         ppo.run(settings(files, tmp_path / "cut", *flags))
-    ppo.run(ppo.parse(["--resume", str(tmp_path / "cut")]))
+    earlier = json.loads((tmp_path / "cut" / "seconds.json").read_text())["seconds"]
+    monkeypatch.setattr(process_setup, "START_TIME", time.time())  # as in a new process
+    began = time.time()
+    resumed = ppo.run(ppo.parse(["--resume", str(tmp_path / "cut")]))
+    assert earlier < resumed["seconds"] <= earlier + time.time() - began
     for whole, cut in zip(weights(tmp_path / "whole"), weights(tmp_path / "cut"), strict=True):
         np.testing.assert_array_equal(whole, cut)
     texts = [(tmp_path / name / "samples.jsonl").read_text() for name in ("whole", "cut")]
