@@ -207,10 +207,9 @@ def run(settings: Any) -> dict[str, Any]:
     for name, used in results["training_data"].items():
         numbers = ", ".join(errors.counted(n, noun.replace("_", " ")) for noun, n in used.items())
         run_setup.print_line(out, f"{results_lib.label(name)} was trained on {numbers}")
-    mean, low, high = (100 * x for x in implicit)
-    run_setup.print_line(
-        out, f"the implicit reward agrees with the labels of {mean:.1f} % of held-out pairs ({low:.1f} to {high:.1f})"
-    )
+    mean, bounds = results_lib.format_parts(implicit, percent=True)
+    interval = f" ({bounds})" if bounds else ""
+    run_setup.print_line(out, f"the implicit reward agrees with the labels of {mean} % of held-out pairs{interval}")
     run_setup.print_line(out, f"report: {folder.path / 'report.html'}   results: {folder.path / run_folder.RESULTS}")
     return results
 

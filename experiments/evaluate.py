@@ -96,7 +96,6 @@ from finetune import answers, reward_functions
 from judging import compared_policies, judges
 from launch import device_mesh, entry_point, initial_model, run_folder
 from recipe import run_setup
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -221,7 +220,11 @@ def run(settings: EvaluateSettings) -> dict[str, Any]:
         path / "report.html", results, [], title="Comparison of policies", settings=dataclasses.asdict(settings)
     )
     run_folder.write_json(path / run_folder.RESULTS, results)
+    for text in results_lib.headlines(results):
+        run_setup.print_line(out, text)
     out.print(results_table(results))
+    for text in results_lib.rough_intervals(results):
+        run_setup.print_line(out, text)
     run_setup.print_line(out, f"data: {counts.report()}")
     run_setup.print_line(out, f"report: {path / 'report.html'}   results: {path / run_folder.RESULTS}")
     return results
@@ -267,6 +270,7 @@ def measure_all(
         "baseline": used[0].name,
         "judges": list(scores),
         "held_out": {"prompts": len(rows)},
+        "clusters": {"comparison": len(set(asked))},
         "samples": n,
         "policies": {given.name: row for given, row in zip(used, table)},
     }
@@ -293,11 +297,7 @@ def transcripts(
 def results_table(results: dict[str, Any]) -> Table:
     """Returns a table with one column per policy and one row per number, with 95 % intervals."""
     names = list(results["policies"])
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False, title=results_lib.headline(results))
-    table.title_justify = "left"
-    table.add_column("")
-    for name in names:
-        table.add_column(escape(name), justify="right")
+    table = console.NumbersTable("", *map(escape, names))
 
     def add(title: str, key: str, *, percent: bool = False, judge: str | None = None, digits: int = 3) -> None:
         rows = [results["policies"][name] for name in names]
@@ -308,7 +308,7 @@ def results_table(results: dict[str, Any]) -> Table:
 
     for judge in results["judges"]:
         add(f"score, {judge}", "score", judge=judge)
-        add("  wins against the baseline, %", "win_rate", percent=True, judge=judge)
+        add("  wins vs baseline, %", "win_rate", percent=True, judge=judge)
         add("  wins at equal length, %", "length_controlled_win_rate", percent=True, judge=judge)
     add("KL, nats per answer", "kl")
     add("length, tokens", "length", digits=1)

@@ -92,6 +92,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf_jax.data import errors
+from rlhf_jax.report import results as results_lib
 
 
 def run(settings: Any) -> dict[str, Any]:
@@ -112,6 +113,7 @@ def run(settings: Any) -> dict[str, Any]:
     if settings.folds:
         title, plotted = "A reward model, cross-validated", results["methods"]
         note = f"Each pair is scored by a model that was not trained on it. {note}"
+    note = " ".join([note, *_rough(results)])
     cross_validation_results.write_page(path / "report.html", title, plotted, _tables(results), note)
     run_folder.write_json(path / run_folder.RESULTS, results)
     _show(out, results)
@@ -157,9 +159,18 @@ def _tables(results: dict[str, Any]) -> list[tuple[str, Table]]:
     return (cross_validation_results if "folds" in results else reward_run).titled_tables(results)
 
 
+def _rough(results: dict[str, Any]) -> list[str]:
+    """Returns sentences about intervals that are rough."""
+    groups = results["by_turn"] + results["by_length"] if "folds" in results else results["reward_model"]["groups"]
+    marked = any(map(results_lib.is_rough, groups))
+    return [*results_lib.rough_intervals(results), *([results_lib.ROUGH_NOTE] if marked else [])]
+
+
 def _show(out: Console, results: dict[str, Any]) -> None:
     for _, table in _tables(results):
         out.print(table)
+    for text in _rough(results):
+        run_setup.print_line(out, text)
 
 
 def main(arguments: list[str] | None = None) -> None:

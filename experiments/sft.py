@@ -154,6 +154,7 @@ def run(settings: SFTSettings) -> dict[str, Any]:
         # Of the steps of this process, with the compilation; a resumed run repeats no finished step.
         "tokens_per_second": float(per_step * (steps - before) / seconds) if steps > before else None,
         "held_out_loss": losses,
+        "clusters": {"held-out loss": len(np.unique(human_comparisons.conversation_ids(held_out.records)))},
         "dropped": counts.dropped | counts.truncated,
     }
     outcome.save_model(opened.folder, cfg, params, fmt)

@@ -12,12 +12,12 @@ import numpy as np
 from launch import device_mesh, host_agreement, initial_model, process_setup, run_folder
 from launch.run_settings import RunSettings
 from recipe import run_setup
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from rlhf_jax import lm, metrics, parallel, report, types
 from rlhf_jax.data import chat, errors
+from rlhf_jax.report import console
 from rlhf_jax.report import results as results_lib
 
 MODEL = "model"
@@ -31,7 +31,7 @@ def show_finished(settings: RunSettings, out: Console, rows: Rows) -> dict[str, 
     finished = run_folder.finished_results(settings.resume) if settings.resume else None
     if finished:
         run_setup.print_line(out, f"{settings.resume} is already finished; there is nothing to run")
-        out.print(table(rows(finished)))
+        show(out, finished, rows)
     return finished
 
 
@@ -110,7 +110,7 @@ def finish(
         settings=dataclasses.asdict(settings),
     )
     folder.write_json(run_folder.RESULTS, results)
-    out.print(table(rows(results)))
+    show(out, results, rows)
     saved: pathlib.Path = folder.path / MODEL
     where = f"model: {saved}   " if saved.exists() else ""
     run_setup.print_line(
@@ -119,11 +119,18 @@ def finish(
     return results
 
 
+def show(out: Console, results: dict[str, Any], rows: Rows) -> None:
+    """Prints the table of the results, and which of its intervals are rough."""
+    shown = rows(results)
+    out.print(table(shown))
+    marked = any(name.endswith(results_lib.ROUGH_MARK) for name, _ in shown)
+    for text in [*results_lib.rough_intervals(results), *([results_lib.ROUGH_NOTE] if marked else [])]:
+        run_setup.print_line(out, text)
+
+
 def table(rows: list[tuple[str, Any]]) -> Table:
     """Returns a table of names, numbers and 95 % intervals."""
-    made = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
-    for name, side in (("", "left"), ("value", "right"), ("95 % interval", "right")):
-        made.add_column(name, justify=side)  # type: ignore[arg-type]
+    made = console.NumbersTable("", "value", "95 % interval")
     for name, value in rows:
         if isinstance(value, list):
             made.add_row(name, *results_lib.format_parts(value, digits=3))

@@ -21,6 +21,7 @@ from finetune import comparisons, outcome, training
 from finetune.preference_settings import OwnRewardSettings
 from rlhf_jax import diagnostics, lm, parallel, types
 from rlhf_jax.data import comparison_transforms, errors, packing
+from rlhf_jax.report import results as results_lib
 from rlhf_jax.train import loop, reward_model
 from rlhf_jax.train.optim import partition
 
@@ -267,8 +268,8 @@ def table(results: dict[str, Any]) -> list[tuple[str, Any]]:
         ("correlation of score and length", bias["correlation"]),
     ]
     for kind, strata in facts["strata"].items():
-        rows += [
-            (f"accuracy, {kind} {each['name']} ({errors.counted(each['count'], 'pairs')})", each["accuracy"])
-            for each in strata
-        ]
+        for each in strata:
+            mark = results_lib.ROUGH_MARK * results_lib.is_rough(each)
+            name = f"accuracy, {kind} {each['name']} ({errors.counted(each['count'], 'pairs')}){mark}"
+            rows.append((name, each["accuracy"]))
     return [*rows, ("steps", results["steps"])]

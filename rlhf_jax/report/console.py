@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rich import box
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -16,6 +19,74 @@ from rich.text import Text
 
 from rlhf_jax.data import errors
 from rlhf_jax.report import results as results_lib
+
+
+class NumbersTable(Table):
+    """A table whose first column has names, for terminals of any width: numbers are neither wrapped nor cut off.
+
+    If the table is too wide, names and headings wrap. If that is not enough, the other columns are divided among
+    several tables below each other, each with the names.
+
+    Args:
+        names: Headings of the columns, of which all but the first are aligned to the right.
+        **options: Options of `rich.table.Table`.
+    """
+
+    def __init__(self, *names: str, **options: Any) -> None:
+        """Creates the columns."""
+        defaults: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1), "show_edge": False, "pad_edge": False}
+        super().__init__(**(defaults | {"title_justify": "left", "caption_justify": "left"} | options))
+        for name in names:
+            self.add_column(name, justify="right" if self.columns else "left", overflow="fold")
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Renders one table or several."""
+        unlimited = options.update_width(_UNLIMITED)
+        names = self._part([0])
+        least = min(names.__rich_measure__(console, unlimited).maximum, max(_NAME_WIDTH, options.max_width // 3))
+
+        def width(indices: list[int], *, wrap: bool) -> int:
+            """Returns the width of a table of these columns, in which the names have their least width."""
+            part = self._part([0, *indices], wrap=wrap)
+            natural, whole = (each.__rich_measure__(console, unlimited).maximum for each in (names, part))
+            return whole - natural + least
+
+        every = list(range(1, len(self.columns)))
+        wrap = width(every, wrap=False) > options.max_width
+        groups: list[list[int]] = [[]]
+        for i in every:
+            if groups[-1] and width([*groups[-1], i], wrap=wrap) > options.max_width:
+                groups.append([])
+            groups[-1].append(i)
+        for place, group in enumerate(groups):
+            alone = len(group) == 1 and width(group, wrap=wrap) > options.max_width
+            part = self._part([0, *group], wrap=wrap, fold=alone)
+            part.title = self.title if place == 0 else None
+            part.caption = self.caption if place == len(groups) - 1 else None
+            if place:
+                yield Text("")
+            yield from Table.__rich_console__(part, console, options)
+
+    def _part(self, indices: Sequence[int], *, wrap: bool = False, fold: bool = False) -> NumbersTable:
+        """Returns a table of some columns; ``wrap`` wraps their headings, and ``fold`` also their cells."""
+        part = copy.copy(self)
+        part.title = part.caption = None
+        part.columns = []
+        for place, i in enumerate(indices):
+            column = self.columns[i]
+            header = column.header
+            if wrap and place and isinstance(header, str):
+                longest = max((len(line) for cell in column.cells for line in str(cell).splitlines()), default=0)
+                header = "\n".join(textwrap.wrap(header, max(longest, _HEADING_WIDTH))) or header
+            part.columns.append(
+                dataclasses.replace(column, header=header, no_wrap=place > 0 and not fold, _index=place)  # type: ignore
+            )
+        return part
+
+
+_UNLIMITED = 10_000
+_NAME_WIDTH, _HEADING_WIDTH = 24, 10
+"""Widths below which names and headings are not wrapped."""
 
 
 def results_table(results: Mapping[str, Any]) -> Table:
@@ -61,7 +132,7 @@ def _cell(mean: str, bounds: str, width: int) -> Text:
 def _caption(results: Mapping[str, Any]) -> list[str]:
     differs = results_lib.best_of_n_differs(results)
     parts = [*_gap_closed(results), *([differs] if differs else []), *_reward_model(results)]
-    return [*parts, *results_lib.run_facts(results)]
+    return [*parts, *results_lib.rough_intervals(results), *results_lib.run_facts(results)]
 
 
 def _gap_closed(results: Mapping[str, Any]) -> list[str]:

@@ -482,7 +482,7 @@ def test_evaluate_writes_a_report_with_all_numbers(compared, capsys):
     assert len(results["transcripts"]) == 3 and set(results["transcripts"][0]["scores"]) == {"policy-0", "policy-10"}
     evaluate.Console(width=120).print(evaluate.results_table(results))
     shown = capsys.readouterr().out
-    for words in ("wins against the baseline, %", "KL, nats per answer", "score, own.py:length", "policy-10"):
+    for words in ("wins vs baseline, %", "KL, nats per answer", "score, own.py:length", "policy-10"):
         assert words in shown
 
 
