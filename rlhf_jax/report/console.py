@@ -35,7 +35,7 @@ class NumbersTable(Table):
     def __init__(self, *names: str, **options: Any) -> None:
         """Creates the columns."""
         defaults: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1), "show_edge": False, "pad_edge": False}
-        super().__init__(**(defaults | {"title_justify": "left", "caption_justify": "left"} | options))
+        super().__init__(**(defaults | options))
         for name in names:
             self.add_column(name, justify="right" if self.columns else "left", overflow="fold")
 
@@ -53,6 +53,8 @@ class NumbersTable(Table):
 
         every = list(range(1, len(self.columns)))
         wrap = width(every, wrap=False) > options.max_width
+        if self.title:
+            yield Text(str(self.title), style=self.title_style or "italic")
         groups: list[list[int]] = [[]]
         for i in every:
             if groups[-1] and width([*groups[-1], i], wrap=wrap) > options.max_width:
@@ -61,11 +63,11 @@ class NumbersTable(Table):
         for place, group in enumerate(groups):
             alone = len(group) == 1 and width(group, wrap=wrap) > options.max_width
             part = self._part([0, *group], wrap=wrap, fold=alone)
-            part.title = self.title if place == 0 else None
-            part.caption = self.caption if place == len(groups) - 1 else None
             if place:
                 yield Text("")
             yield from Table.__rich_console__(part, console, options)
+        if self.caption:
+            yield Text(str(self.caption), style="dim")
 
     def _part(self, indices: Sequence[int], *, wrap: bool = False, fold: bool = False) -> NumbersTable:
         """Returns a table of some columns; ``wrap`` wraps their headings, and ``fold`` also their cells."""
@@ -77,7 +79,9 @@ class NumbersTable(Table):
             header = column.header
             if wrap and place and isinstance(header, str):
                 longest = max((len(line) for cell in column.cells for line in str(cell).splitlines()), default=0)
-                header = "\n".join(textwrap.wrap(header, max(longest, _HEADING_WIDTH))) or header
+                wide = max(longest, _HEADING_WIDTH)
+                parts = textwrap.wrap(header, wide, break_on_hyphens=False, break_long_words=False)
+                header = "\n".join(parts)
             part.columns.append(
                 dataclasses.replace(column, header=header, no_wrap=place > 0 and not fold, _index=place)  # type: ignore
             )

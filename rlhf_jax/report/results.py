@@ -312,8 +312,8 @@ def _against_baseline(results: Mapping[str, Any]) -> list[str]:
     found: dict[str, list[tuple[float, str]]] = {}
     for name in policies(results):
         for judge in results.get("judges") or [""]:
-            row = ((value(results, name, "judges") or {}).get(judge) if judge else value(results, name, "")) or {}
-            rate = finite(row.get("win_rate"))
+            row = (value(results, name, "judges") or {}).get(judge) if judge else results["policies"][name]
+            rate = finite((row or {}).get("win_rate"))
             if rate is not None:
                 text = f"{label(name)} {_verdict(rate, other)} of answers{_interval_text(rate)}"
                 found.setdefault(judge, []).append((rate.mean, f"{text}, judged by {judge}." if judge else f"{text}."))
