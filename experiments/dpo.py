@@ -31,7 +31,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 from finetune import preference_settings
-from launch import command_line, process_setup
+from launch import command_line, process_setup, setting_checks
 from launch import settings as settings_lib
 from launch.setting_checks import require
 from preferences import direct_settings
@@ -200,7 +200,7 @@ def run(settings: Any) -> dict[str, Any]:
         results,
         metrics.read(folder.path),
         title=f"{results_lib.label(settings.loss)} from an SFT model",
-        settings=dataclasses.asdict(settings),
+        settings=setting_checks.by_flag(settings),
     )
     folder.write_json(run_folder.RESULTS, results)
     out.print(console.results_table(results))

@@ -20,7 +20,7 @@ import dataclasses
 from typing import Any
 
 from finetune import sampling_settings
-from launch import command_line, process_setup
+from launch import command_line, process_setup, setting_checks
 from launch.run_settings import SettingError
 from launch.setting_checks import require
 
@@ -217,7 +217,7 @@ def run(settings: EvaluateSettings) -> dict[str, Any]:
         }
     )
     report.write_report(
-        path / "report.html", results, [], title="Comparison of policies", settings=dataclasses.asdict(settings)
+        path / "report.html", results, [], title="Comparison of policies", settings=setting_checks.by_flag(settings)
     )
     run_folder.write_json(path / run_folder.RESULTS, results)
     for text in results_lib.headlines(results):

@@ -32,7 +32,7 @@ import dataclasses
 import re
 from typing import Literal
 
-from launch import command_line, process_setup
+from launch import command_line, process_setup, setting_checks
 from launch.settings import Settings
 
 
@@ -146,7 +146,7 @@ def run(settings: RecipeSettings) -> dict:
         results,
         metrics.read(folder.path),
         title="From a base model to PPO-ptx",
-        settings=dataclasses.asdict(settings),
+        settings=setting_checks.by_flag(settings),
     )
     folder.write_json(run_folder.RESULTS, results)
     if stop is None:

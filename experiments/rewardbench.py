@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
-from launch import command_line, process_setup
+from launch import command_line, process_setup, setting_checks
 from launch.setting_checks import require
 from launch.settings import Compute, SettingError
 
@@ -281,7 +281,7 @@ def _write(path: Any, settings: RewardBenchSettings, results: dict[str, Any], sc
     rows = [{"record": r.where, "subset": r.subset, "chosen": a, "rejected": b} for r, a, b in scores]
     atomic.replace_file(path / "scores.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
     report.write_report(
-        path / "report.html", results, [], title="Reward model evaluation", settings=dataclasses.asdict(settings)
+        path / "report.html", results, [], title="Reward model evaluation", settings=setting_checks.by_flag(settings)
     )
     run_folder.write_json(path / run_folder.RESULTS, results)
 

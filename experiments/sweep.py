@@ -1,7 +1,7 @@
 """Runs PPO with several values of its settings and several seeds, and plots reward and gold utility against KL.
 
     python experiments/sweep.py                                    4 KL coefficients x 3 seeds on the built-in world
-    python experiments/sweep.py --over ppo.kl_coef=0,0.02,0.2 ppo.ptx_coef=0,1,4 --seeds 3
+    python experiments/sweep.py --over ppo.kl-coef=0,0.02,0.2 ppo.ptx-coef=0,1,4 --seeds 3
     python experiments/sweep.py --from-run runs/NAME --over ppo.clip=0.1,0.2,0.4    with the models of another run
     python experiments/sweep.py --ppo.method rloo --ppo.samples 4  another RL method
     python experiments/sweep.py --preset smoke                     all runs in about a minute, too short to learn much
@@ -34,7 +34,7 @@ class Sweep(Settings):
     command: ClassVar[str] = "sweep"
 
     over: tuple[str, ...] = ()
-    """Settings to vary and their values, such as ppo.kl_coef=0,0.02,0.2; all combinations are run. Any number that the
+    """Settings to vary and their values, such as ppo.kl-coef=0,0.02,0.2; all combinations are run. Any number that the
     compiled step takes as an input can be varied. If empty, the coefficient of the KL penalty (or, with grpo and
     dr-grpo, of the KL loss) is 0.01, 0.03, 0.1 and 0.3."""
     seeds: int = 3
@@ -80,7 +80,7 @@ def _unused(settings: Sweep) -> Iterator[tuple[Sequence[str], str]]:
     unread = ["best_of", "best_of_prompts", "skills", "transcripts"]
     unread += [] if "ptx_coef" in swept else ["pretraining_rows"]
     yield [f"evaluation.{name}" for name in unread], "in sweep.py, which only samples one answer to each prompt"
-    why = "in sweep.py, which trains without a pretraining loss; add ppo.ptx_coef to --over"
+    why = "in sweep.py, which trains without a pretraining loss; add ppo.ptx-coef to --over"
     yield from setting_checks.unused_ppo(_runs(settings), ptx="ptx_coef" in swept, why=why)
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from launch import device_mesh, host_agreement, initial_model, process_setup, run_folder
+from launch import device_mesh, host_agreement, initial_model, process_setup, run_folder, setting_checks
 from launch.run_settings import RunSettings
 from recipe import run_setup
 from rich.console import Console
@@ -107,7 +106,7 @@ def finish(
         results,
         metrics.read(folder.path),
         title=title,
-        settings=dataclasses.asdict(settings),
+        settings=setting_checks.by_flag(settings),
     )
     folder.write_json(run_folder.RESULTS, results)
     show(out, results, rows)

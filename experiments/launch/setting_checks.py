@@ -51,6 +51,11 @@ def flag_name(name: str) -> str:
     return "--" + re.sub("_(?!$)", "-", name)
 
 
+def by_flag(settings: Any) -> dict[str, Any]:
+    """Returns the values of all settings by flag, for reports."""
+    return {flag_name(name): value_of(settings, name) for name in field_names(settings)}
+
+
 def require(ok: bool, settings: Any, name: str, requirement: str) -> None:
     """Raises SettingError with the flag and its value unless ``ok``. ``requirement`` completes "it must be"."""
     if not ok:

@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from launch import setting_checks
 from rich.table import Table
 
 from rlhf_jax.report import console, plots
@@ -190,7 +191,9 @@ def write_page(path: pathlib.Path, title: str, figures: Sequence[str], note: str
 def table(points: Sequence[Mapping[str, Any]], *, swept: Sequence[str]) -> Table:
     """Returns a table of means with their intervals over seeds, one row per combination of the settings ``swept``."""
     names = [name for name in points[0] if name not in swept]
-    grid = console.NumbersTable(" / ".join(map(words, swept)), *map(words, names))
+    grid = console.NumbersTable(
+        " / ".join(setting_checks.flag_name(f"ppo.{name}") for name in swept), *map(words, names)
+    )
     for point in points:
         grid.add_row(" / ".join(f"{point[name]:g}" for name in swept), *(interval_text(point[name]) for name in names))
     return grid

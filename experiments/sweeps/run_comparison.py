@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from launch import config_file, run_folder
+from launch import config_file, run_folder, setting_checks
 from launch.settings import SettingError
 
 from rlhf_jax import diagnostics, metrics
@@ -125,7 +125,8 @@ def group(runs: Sequence[Run], labels: Sequence[str] = ()) -> list[Group]:
         )
     differ = differences(groups)
     if not labels and 1 <= len(differ) <= 2:
-        labels = [", ".join(f"{name} {values[i]}" for name, values in differ.items()) for i in range(len(groups))]
+        rows = [(_shown(name), values) for name, values in differ.items()]
+        labels = [", ".join(f"{name} {values[i]}" for name, values in rows) for i in range(len(groups))]
     elif not labels:
         names = [pathlib.Path(each.label).name for each in groups]
         labels = [name if names.count(name) == 1 else each.label for name, each in zip(names, groups)]
@@ -147,8 +148,14 @@ def differences(groups: Sequence[Group]) -> dict[str, list[Any]]:
 
 def settings_table(groups: Sequence[Group]) -> Table:
     """Returns the differences between the groups' settings, one column per group."""
-    rows = [[name, *map(str, values)] for name, values in differences(groups).items()]
+    rows = [[_shown(name), *map(str, values)] for name, values in differences(groups).items()]
     return [["", *(each.label for each in groups)], *rows]
+
+
+def _shown(name: str) -> str:
+    """Returns the flag of a setting; the command has none."""
+    file = name.removesuffix(_DIGEST)
+    return name if name == "command" else setting_checks.flag_name(file) + name.removeprefix(file)
 
 
 def results(group: Group) -> dict[str, results_lib.Interval]:

@@ -1,7 +1,9 @@
-"""Every number among the settings of the commands is checked before anything is loaded."""
+"""Every number among the settings of the commands is checked before anything is loaded, and named by its flag."""
 
+import ast
 import dataclasses
 import math
+import pathlib
 import re
 from typing import Any
 
@@ -16,6 +18,9 @@ import sft
 import sweep
 from launch import command_line, setting_checks
 from launch.run_settings import SettingError
+from sweeps import frontier_plot, grids
+
+from rlhf_jax import report
 
 COMMANDS = {
     "sft": (sft, ["--model", "tiny", "--data.path", "f"]),
@@ -99,3 +104,48 @@ def test_a_positive_score_of_unfinished_answers_is_refused(name):
     message = r"^--ppo.missing-stop-score is 0.5; it must be at most 0, because a positive score rewards answers that"
     with pytest.raises(SettingError, match=message):
         command.parse([*arguments, "--ppo.missing-stop-score", "0.5"])
+
+
+# ----------------------------------------------------------------------------------------------- the names of settings
+
+TEXTS = re.compile(
+    r"(?<![-\w.])(ppo|data|sft|reward_model|evaluation|training|cv|pretrain|comparisons)\.[a-z]+_[a-z_]+\b"
+)
+"""A setting as Python names it, such as ``ppo.kl_coef``, and not as a flag."""
+ROOT = pathlib.Path(command_line.__file__).parents[2]
+
+
+def test_reports_and_tables_name_settings_by_their_flags():
+    settings = instructgpt.parse([])
+    shown = setting_checks.by_flag(settings)
+    assert shown["--ppo.kl-coef"] == settings.ppo.kl_coef and shown["--ppo.lambda_"] == settings.ppo.lambda_
+    page = report.render({}, [], title="t", settings=shown)
+    assert "--ppo.missing-stop-score" in page and not TEXTS.search(page)
+    points = [{"kl_coef": 0.1, "ptx_coef": 2.0, "kl": [1.0, 0.5, 1.5]}]
+    assert (
+        frontier_plot.table(points, swept=["kl_coef", "ptx_coef"]).columns[0].header == "--ppo.kl-coef / --ppo.ptx-coef"
+    )
+
+
+@pytest.mark.parametrize("spelling", ["ppo.kl_coef", "ppo.kl-coef", "--ppo.kl-coef", "--ppo.kl_coef"])
+def test_a_sweep_accepts_both_spellings(spelling):
+    assert [each.values for each in grids.points([f"{spelling}=0,0.5"], sweep.parse([]).ppo)] == [
+        {"kl_coef": 0.0},
+        {"kl_coef": 0.5},
+    ]
+
+
+@pytest.mark.parametrize("name", ["instructgpt", "ppo", "sft", "dpo", "sweep", "evaluate", "sample", "reward_model"])
+def test_help_and_messages_name_settings_by_their_flags(name):
+    """In strings of the sources, apart from names that are looked up and Python code."""
+    files = [ROOT / "experiments" / f"{name}.py", *(ROOT / "experiments").glob("finetune/*settings.py")]
+    for file in [*files, *(ROOT / "experiments" / "launch").glob("*settings.py")]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
+                assert not TEXTS.search(node.value), f"{file.name}, line {node.lineno}"
+
+
+def test_shell_commands_of_the_documentation_use_flags():
+    for file in [*ROOT.glob("docs/**/*.md"), ROOT / "README.md", ROOT / "experiments" / "README.md"]:
+        for line in file.read_text(encoding="utf-8").splitlines():
+            assert not (line.startswith("$ ") and TEXTS.search(line)), f"{file.name}: {line}"
