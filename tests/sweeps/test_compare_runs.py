@@ -141,7 +141,7 @@ def test_a_changed_data_file_separates_groups(tmp_path):
         write(tmp_path / "a", prompts="p.jsonl"),
         write(tmp_path / "b", prompts="p.jsonl", seed=1, input_digests={"prompts": "def"}),
     ]
-    assert run_comparison.settings_table(groups_of(runs))[1:] == [["prompts (digest)", "abc", "def"]]
+    assert run_comparison.settings_table(groups_of(runs))[1:] == [["--prompts (digest)", "abc", "def"]]
 
 
 def test_refusals_say_what_is_wrong_and_what_to_do(folders, tmp_path):
