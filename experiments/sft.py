@@ -63,7 +63,6 @@ if __name__ == "__main__":
     command_line.answer_help(parse)
     process_setup.use_huge_pages()
 
-import time
 from functools import partial
 from typing import Any
 
@@ -134,25 +133,19 @@ def run(settings: SFTSettings) -> dict[str, Any]:
         outcome.describe_model(opened, out, model, cfg)
         start = training.trainable(settings.lora, cfg, model.params, jax.random.fold_in(job.key("sft"), 2))
         token_logprobs = partial(lm.token_logprobs, cfg=cfg)
-        with job.checkpoints("sft") as saved:
-            before = saved.latest() or 0
-        began = time.monotonic()
         trained = training.fit(job, "sft", partial(sft.make_train_step, token_logprobs), start, rows, settings)
-        seconds = time.monotonic() - began
-        params = start.merge(start.frozen, trained)
+        params = start.merge(start.frozen, trained.params)
         job.progress.start("evaluate", 2)
         measure = _make_held_out_loss(job, token_logprobs, held_out, width=width, pad_id=fmt.pad_id)
         losses = {"before": measure(model.params), "after": measure(params)}
         job.progress.finish("evaluate")
-    steps = len(opened.folder.log.rows("sft"))
     per_step = rows.mask_BL.mean() * width * min(settings.batch, len(rows.mask_BL))
     results = {
         "conversations": {"training": len(train.ids), "held_out": len(held_out.ids)},
         "rows": len(rows.tokens_BL),
         "width": width,
-        "steps": steps,
-        # Of the steps of this process, with the compilation; a resumed run repeats no finished step.
-        "tokens_per_second": float(per_step * (steps - before) / seconds) if steps > before else None,
+        "steps": len(opened.folder.log.rows("sft")),
+        "tokens_per_second": trained.tokens_per_second(per_step),
         "held_out_loss": losses,
         "clusters": {"held-out loss": len(np.unique(human_comparisons.conversation_ids(held_out.records)))},
         "dropped": counts.dropped | counts.truncated,

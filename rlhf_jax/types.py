@@ -183,3 +183,23 @@ class Preferences:
     """bool, True for responses labelled good; None for pairs."""
     mismatched: Any = None
     """The same prompts paired with responses to other prompts (`train.dpo.mismatched`), for KTO's baseline."""
+
+
+@struct.dataclass
+class PackedPreferences:
+    """:class:`Preferences` whose responses, each with its prompt, are concatenated into a few rows."""
+
+    tokens_RL: jax.Array
+    segments_RL: jax.Array
+    """int32, number of the response to which each token belongs, counted from 1 in each row; 0 at padding."""
+    answer_RL: jax.Array
+    """bool, True at the tokens of the responses, including the stop tokens."""
+    places_BK: Places
+    """Location of each response."""
+    reference_BK: Any = None
+    targets_B: Any = None
+    good_BK: Any = None
+    mismatched: Any = None
+    """`PackedPreferences` in rows of their own."""
+    groups: int = struct.field(pytree_node=False, default=1)
+    """As in `PackedComparisons`."""

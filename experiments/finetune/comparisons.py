@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from launch import initial_model, run_folder
+from launch import device_mesh, initial_model, run_folder
 from launch.run_settings import SettingError
 from recipe import human_comparisons
 from rich.console import Console
 
-from finetune import outcome, preference_settings
+from finetune import outcome, preference_settings, training
 from rlhf_jax import types
 from rlhf_jax.data import chat, comparison_transforms, encoding, errors, packing, readers, records
 
@@ -210,24 +210,64 @@ def cut_warnings(lengths: tuple[np.ndarray, np.ndarray], widths: tuple[int, int]
     return notes
 
 
-def packed_size(rows: types.Comparisons, order: Any, steps: int, *, groups: int, multiple: int) -> tuple[int, int]:
-    """Returns the width and number of rows into which the answers of every batch fit.
+def packed_batches(
+    settings: Any,
+    mesh: Any,
+    rows: Any,
+    planned: training.Schedule,
+    *,
+    pack: Callable[..., Any],
+    masks: Sequence[np.ndarray],
+    pad_id: int,
+    cost: float = 1.0,
+) -> tuple[Callable[[int], Any] | None, dict[str, float] | None]:
+    """Returns the function that packs the batch of a step, and what it saves; None without packing.
 
     Args:
-        rows: All comparisons.
-        order: ``order[i]`` are the indices of the comparisons of step i.
-        steps: Number of steps.
+        settings: The settings of the command.
+        mesh: The mesh of the run.
+        rows: A pytree of NumPy arrays whose first axis is the rows of the schedule.
+        planned: The schedule.
+        pack: `packing.pack_comparisons` or `packing.pack_preferences`.
+        masks: bool, True at the tokens that are packed; several arrays ``[B, K, L]`` are packed separately.
+        pad_id: Token id used for padding.
+        cost: Computation of a packed token relative to that of a token of rows that are not packed.
+    """
+    if settings.packing is False or (settings.packing is None and mesh is not None):
+        return None, None
+    lengths = [mask_BKL.sum(axis=2) for mask_BKL in masks]
+    _, K, L = masks[0].shape
+    groups, multiple = settings.micro_batches, device_mesh.round_rows_up(1, mesh)
+    width = min(-(-max(int(length_BK.max()) for length_BK in lengths) // 32) * 32, L)
+    n = packed_rows(lengths, planned, width=width, groups=groups, multiple=multiple)
+    share = width * n / (planned.batch * K * L)
+    if settings.packing is None and share * cost > 0.9:
+        return None, None
+
+    def batch_at(i: int) -> Any:
+        batch = jax.tree.map(lambda x: x[planned.order[i]], rows)
+        return pack(batch, width=width, pad_id=pad_id, rows=n, groups=groups)
+
+    return batch_at, {"width": width, "rows": n, "share_of_unpacked_tokens": share}
+
+
+def packed_rows(
+    lengths: Sequence[np.ndarray], planned: training.Schedule, *, width: int, groups: int, multiple: int
+) -> int:
+    """Returns the number of rows into which the answers of every batch fit.
+
+    Args:
+        lengths: Lengths of the answers with their prompts; several arrays ``[B, K]`` are packed separately.
+        planned: The schedule.
+        width: Width of a packed row.
         groups: Number of micro-batches, which are packed separately.
         multiple: The number of rows of a micro-batch is a multiple of this number.
-
-    Returns:
-        ``(width, rows)``.
     """
-    length_BK = (np.asarray(rows.mask_BKL) & np.asarray(rows.where_BK)[:, :, None]).sum(axis=2)
-    width = min(-(-int(length_BK.max()) // 32) * 32, np.shape(rows.mask_BKL)[2])
     most = 0
-    for i in range(steps):
-        for group in range(groups):
-            lengths = length_BK[np.asarray(order[i])[group::groups]].ravel().tolist()
-            most = max(most, 1 + max(row for row, _ in packing.best_fit(lengths, width=width)))
-    return width, -(-most // multiple) * multiple * groups
+    for i in range(planned.steps):
+        at = np.asarray(planned.order[i])
+        for length_BK in lengths:
+            for group in range(groups):
+                positions = packing.best_fit(length_BK[at[group::groups]].ravel().tolist(), width=width)
+                most = max(most, 1 + max(row for row, _ in positions))
+    return -(-most // multiple) * multiple * groups

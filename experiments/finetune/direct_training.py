@@ -17,7 +17,7 @@ from rich.console import Console
 from finetune import comparisons, outcome, training
 from finetune.preference_settings import OwnDPOSettings
 from rlhf_jax import diagnostics, lm, parallel
-from rlhf_jax.data import errors
+from rlhf_jax.data import errors, packing
 from rlhf_jax.report import results as results_lib
 from rlhf_jax.train import dpo, objectives
 from rlhf_jax.train import reference as reference_lib
@@ -52,7 +52,8 @@ def run(settings: OwnDPOSettings) -> dict[str, Any]:
         comparisons.describe(out, opened.folder, data, counts)
         outcome.describe_model(opened, out, model, cfg)
         P = data.prompt_width
-        logprobs = partial(lm.token_logprobs, cfg=cfg, prompt_width=P)
+        token_logprobs = partial(lm.token_logprobs, cfg=cfg)
+        logprobs = partial(token_logprobs, prompt_width=P)
         score = parallel.JitStep(
             partial(dpo.answer_logprobs, logprobs),
             donate_argnums=(),
@@ -77,15 +78,27 @@ def run(settings: OwnDPOSettings) -> dict[str, Any]:
             job.progress.skip("reference")
         start = training.trainable(settings.lora, cfg, model.params, jax.random.fold_in(job.key(STAGE), 1))
         planned = training.schedule(job, STAGE, len(rows.tokens_BKL), settings)
+        masks = [np.asarray(each.mask_BKL) for each in (rows, rows.mismatched) if each is not None]
+        batch_at, saving = comparisons.packed_batches(
+            settings,
+            job.mesh,
+            rows,
+            planned,
+            pack=packing.pack_preferences,
+            masks=masks,
+            pad_id=model.fmt.pad_id,
+            cost=_packed_cost(model, data),
+        )
         hyper = direct_alignment.hyperparameters(settings, learning_rate=0.0)  # pyright: ignore[reportArgumentType]
 
         def make_train_step(**options: Any) -> Any:
             objective = direct_alignment.LOSSES[settings.loss].objective
-            step = dpo.make_train_step(logprobs, objective, reference=None, **options)
+            in_step = logprobs if batch_at is None else token_logprobs
+            step = dpo.make_train_step(in_step, objective, reference=None, **options)
             return lambda state, frozen, values, batch, rng: step(state, frozen, hyper.replace(**values), batch, rng)  # pyright: ignore[reportAttributeAccessIssue]
 
-        trained = training.fit(job, STAGE, make_train_step, start, rows, settings, planned=planned)
-        params = start.merge(start.frozen, trained)
+        trained = training.fit(job, STAGE, make_train_step, start, rows, settings, planned=planned, batch_at=batch_at)
+        params = start.merge(start.frozen, trained.params)
         job.progress.start("evaluate", 2)
         before_BK, after_BK = (
             reference_lib.answer_logprobs(score, each, held_out.rows, rows=outcome.chunk_rows(chunk, job.mesh))
@@ -100,12 +113,25 @@ def run(settings: OwnDPOSettings) -> dict[str, Any]:
         "widths": {"prompt": P, "response": data.response_width},
         "steps": planned.steps,
         "clusters": {"held-out pairs": len(np.unique(data.held_out.conversation_B[held_out.prompt_B]))},
+        "packing": saving,
+        "training_seconds": trained.seconds,
+        "tokens_per_second": trained.tokens_per_second(masks[0].sum() / len(masks[0]) * planned.batch),
         "dropped": counts.dropped | counts.truncated,
         **measured,
     }
     outcome.save_model(opened.folder, cfg, params, model.fmt)
     title = f"{results_lib.label(settings.loss)} from {model.path}"
     return outcome.finish(opened.folder, settings, results, out, title=title, rows=table)
+
+
+def _packed_cost(model: initial_model.InitialModel, data: comparisons.Data) -> float:
+    """Returns the computation of a packed token relative to that of an unpacked one, by numbers of parameters.
+
+    Packed rows need the logits of all tokens, and other rows only those of their answers.
+    """
+    layers = sum(x.size for x in jax.tree.leaves(model.params["layers"]))
+    head = model.cfg.vocab_size * model.cfg.d_model
+    return (layers + head) / (layers + head * data.response_width / data.row_width)
 
 
 def _measure(
@@ -161,4 +187,4 @@ def table(results: dict[str, Any]) -> list[tuple[str, Any]]:
         rows.append((name, results["likelihood_accuracy"][when]))
     for answer, numbers in results["logprobs"].items():
         rows += [(f"log-probability of {answer} answers {when}", numbers[when]) for when in ("before", "after")]
-    return [*rows, ("steps", results["steps"])]
+    return [*rows, ("steps", results["steps"]), ("tokens per second", results["tokens_per_second"])]

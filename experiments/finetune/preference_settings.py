@@ -52,7 +52,16 @@ class RewardTraining(reward_settings.RewardLoss):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OwnRewardSettings(StageSettings):
+class Packing:
+    """Packing of comparisons."""
+
+    packing: bool | None = None
+    """Put several answers, each with its prompt, into a row. They do not see each other, and the result is the same.
+    None does so if it saves a tenth of the computation, and on one device."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OwnRewardSettings(Packing, StageSettings):
     """Settings of reward_model.py with --model and --data.path."""
 
     command: ClassVar[str] = "reward_model"
@@ -61,16 +70,13 @@ class OwnRewardSettings(StageSettings):
     """Number of prompts per step, each with all its answers; of pairs with --training.loss pairs."""
     data: Comparisons
     training: RewardTraining = dataclasses.field(default_factory=RewardTraining)
-    packing: bool | None = None
-    """Put several answers, each with its prompt, into a row. They do not see each other, and the result is the same.
-    None does so if it saves a tenth of the tokens, and on one device."""
     on_alarm: Literal["report", "stop"] = "report"
     """Response to an alarm, such as a rising validation loss. `report` prints it and continues; `stop` saves and stops
     the run."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OwnDPOSettings(direct_settings.LossSettings, StageSettings):
+class OwnDPOSettings(direct_settings.LossSettings, Packing, StageSettings):
     """Settings of dpo.py with --model and --data.path."""
 
     command: ClassVar[str] = "dpo"

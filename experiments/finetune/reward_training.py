@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from launch import device_mesh, initial_model
+from launch import initial_model
 from launch.run_settings import SettingError
 from preferences import pairs as pairs_lib
 from preferences import reward_stages
@@ -55,7 +55,16 @@ def run(settings: OwnRewardSettings) -> dict[str, Any]:
         outcome.describe_model(opened, out, model, cfg)
         start = _trainable(settings, job, model)
         planned = training.schedule(job, STAGE, len(rows.ranks_BK), settings)
-        batch_at, saving = _batches(settings, job, rows, planned, pad_id=model.fmt.pad_id)
+        mask_BKL = np.asarray(rows.mask_BKL) & np.asarray(rows.where_BK)[:, :, None]
+        batch_at, saving = comparisons.packed_batches(
+            settings,
+            job.mesh,
+            rows,
+            planned,
+            pack=packing.pack_comparisons,
+            masks=[mask_BKL],
+            pad_id=model.fmt.pad_id,
+        )
         score = make_scorer(job, width=data.longest)
         trained = training.fit(
             job,
@@ -73,7 +82,7 @@ def run(settings: OwnRewardSettings) -> dict[str, Any]:
             batch_at=batch_at,
             **_validation(settings, job, score, start, data.held_out.rows, planned.steps),
         )
-        params = start.merge(start.frozen, trained)
+        params = start.merge(start.frozen, trained.params)
         if (heads := settings.training.heads) > 1:
             params = lm.heads.combine(params, jnp.full(heads, 1 / heads))
         params = lm.heads.absorb_gain(params)
@@ -88,6 +97,8 @@ def run(settings: OwnRewardSettings) -> dict[str, Any]:
         "widths": {"prompt": data.prompt_width, "response": data.response_width},
         "steps": planned.steps,
         "packing": saving,
+        "training_seconds": trained.seconds,
+        "tokens_per_second": trained.tokens_per_second(mask_BKL.sum() / len(mask_BKL) * planned.batch),
         "dropped": counts.dropped | counts.truncated,
         "alarms": [
             {"stage": STAGE, "step": alarm.step, "name": alarm.name, "message": alarm.message}
@@ -113,36 +124,6 @@ def _trainable(
     except ValueError as error:
         raise SettingError(f"--training.trains: {error}") from error
     return training.Trainable(trained, frozen, partition.join, partition.join)
-
-
-def _batches(
-    settings: OwnRewardSettings,
-    job: engine.Engine,
-    rows: types.Comparisons,
-    planned: training.Schedule,
-    *,
-    pad_id: int,
-) -> tuple[Callable[[int], Any] | None, dict[str, float] | None]:
-    """Returns the function that packs the batch of a step, and what it saves; None without packing."""
-    if settings.packing is False or (settings.packing is None and job.mesh is not None):
-        return None, None
-    width, n = comparisons.packed_size(
-        rows,
-        planned.order,
-        planned.steps,
-        groups=settings.micro_batches,
-        multiple=device_mesh.round_rows_up(1, job.mesh),
-    )
-    _, K, L = np.shape(rows.tokens_BKL)
-    share = width * n / (planned.batch * K * L)
-    if settings.packing is None and share > 0.9:
-        return None, None
-
-    def batch_at(i: int) -> types.PackedComparisons:
-        batch = jax.tree.map(lambda x: x[planned.order[i]], rows)
-        return packing.pack_comparisons(batch, width=width, pad_id=pad_id, rows=n, groups=settings.micro_batches)
-
-    return batch_at, {"width": width, "rows": n, "share_of_unpacked_tokens": share}
 
 
 def _validation(
@@ -272,4 +253,4 @@ def table(results: dict[str, Any]) -> list[tuple[str, Any]]:
             mark = results_lib.ROUGH_MARK * results_lib.is_rough(each)
             name = f"accuracy, {kind} {each['name']} ({errors.counted(each['count'], 'pairs')}){mark}"
             rows.append((name, each["accuracy"]))
-    return [*rows, ("steps", results["steps"])]
+    return [*rows, ("steps", results["steps"]), ("tokens per second", results["tokens_per_second"])]

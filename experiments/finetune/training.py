@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -94,6 +95,21 @@ def schedule(run: engine.Engine, stage: str, rows: int, settings: StageSettings)
     return Schedule(order, steps, batch)
 
 
+class Trained(NamedTuple):
+    """The result of `fit`."""
+
+    params: types.Params
+    """The trained parameters, without merging adapters."""
+    seconds: float
+    """Duration of the steps of this process, including compilation."""
+    steps: int
+    """Number of steps of this process; a resumed run repeats no finished step."""
+
+    def tokens_per_second(self, per_step: float) -> float | None:
+        """Returns the number of tokens per second, given that of a step; None if this process made no step."""
+        return float(per_step * self.steps / self.seconds) if self.steps else None
+
+
 def fit(
     run: engine.Engine,
     stage: str,
@@ -106,8 +122,8 @@ def fit(
     planned: Schedule | None = None,
     batch_at: Callable[[int], Any] | None = None,
     **options: Any,
-) -> types.Params:
-    """Trains on shuffled rows and returns the trained parameters, without merging adapters.
+) -> Trained:
+    """Trains on shuffled rows.
 
     Args:
         run: The engine.
@@ -130,6 +146,9 @@ def fit(
         return {"learning_rate": rate, "max_grad_norm": np.float32(settings.max_grad_norm), **(hyper or {})}
 
     step = make_train_step(join=start.join, micro_batches=settings.micro_batches)
+    with run.checkpoints(stage) as saved:
+        before = saved.latest() or 0
+    began = time.monotonic()
     state = run.fit(
         stage,
         parallel.jit_step(step, mesh=run.mesh),
@@ -140,4 +159,4 @@ def fit(
         frozen=start.frozen,
         **options,
     )
-    return state.params
+    return Trained(state.params, time.monotonic() - began, steps - before)

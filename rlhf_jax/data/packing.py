@@ -11,6 +11,7 @@ import bisect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from rlhf_jax import types
@@ -147,17 +148,80 @@ def pack_comparisons(
             ``rows / groups`` rows.
         ValueError: If ``groups`` does not divide the number of prompts or ``rows``.
     """
-    B, K = batch.where_BK.shape
+    tokens_BKL, mask_BKL = np.asarray(batch.tokens_BKL), np.asarray(batch.mask_BKL)
+    mask_BKL = mask_BKL & np.asarray(batch.where_BK)[:, :, None]
+    packed = _pack_completions(tokens_BKL, mask_BKL, mask_BKL, width=width, pad_id=pad_id, rows=rows, groups=groups)
+    return types.PackedComparisons(
+        tokens_RL=packed.tokens_BL,  # pyright: ignore[reportArgumentType]
+        segments_RL=packed.segments_BL,  # pyright: ignore[reportArgumentType]
+        places_BK=packed.places,
+        ranks_BK=batch.ranks_BK,
+        where_BK=batch.where_BK,
+        domain_B=batch.domain_B,
+        loss_inputs=batch.loss_inputs,
+        groups=groups,
+    )
+
+
+def pack_preferences(
+    batch: types.Preferences, *, width: int, pad_id: int, rows: int | None = None, groups: int = 1
+) -> types.PackedPreferences:
+    """Packs the responses of a batch, each with its prompt; those of ``batch.mismatched`` into rows of their own.
+
+    Args:
+        batch: Preferences whose ``answer_BKC`` covers the last C columns.
+        width: As in `pack_comparisons`.
+        pad_id: Token id used for padding.
+        rows: As in `pack_comparisons`; also the number of rows of the mismatched responses.
+        groups: As in `pack_comparisons`.
+
+    Returns:
+        The packed responses, with all other fields of ``batch`` unchanged.
+
+    Raises:
+        DataError: As `pack_comparisons`.
+        ValueError: As `pack_comparisons`.
+    """
+    options: dict[str, Any] = {"width": width, "pad_id": pad_id, "rows": rows, "groups": groups}
+    tokens_BKL, answer_BKC = np.asarray(batch.tokens_BKL), np.asarray(batch.answer_BKC)
+    mask_BKL = np.ones(tokens_BKL.shape, bool) if batch.mask_BKL is None else np.asarray(batch.mask_BKL)
+    before = tokens_BKL.shape[-1] - answer_BKC.shape[-1]
+    answer_BKL = np.pad(answer_BKC, [(0, 0), (0, 0), (before, 0)])
+    packed = _pack_completions(tokens_BKL, mask_BKL, answer_BKL, **options)
+    return types.PackedPreferences(
+        tokens_RL=packed.tokens_BL,  # pyright: ignore[reportArgumentType]
+        segments_RL=packed.segments_BL,  # pyright: ignore[reportArgumentType]
+        answer_RL=packed.loss_mask_BL,  # pyright: ignore[reportArgumentType]
+        places_BK=packed.places,
+        reference_BK=batch.reference_BK,
+        targets_B=batch.targets_B,
+        good_BK=batch.good_BK,
+        mismatched=None if batch.mismatched is None else pack_preferences(batch.mismatched, **options),
+        groups=groups,
+    )
+
+
+def _pack_completions(
+    tokens_BKL: np.ndarray,
+    mask_BKL: np.ndarray,
+    learnt_BKL: np.ndarray,
+    *,
+    width: int,
+    pad_id: int,
+    rows: int | None,
+    groups: int,
+) -> Packed:
+    """Packs the real tokens of completions; ``places`` then has the shape ``[B, K]``. See `pack_comparisons`."""
+    B, K, _ = tokens_BKL.shape
     if B % groups or (rows or 0) % groups:
         and_rows = "" if rows is None else f", and rows = {rows}"
         raise ValueError(f"groups = {groups} must divide the number of prompts, {B}{and_rows}")
-    tokens_BKL, mask_BKL = np.asarray(batch.tokens_BKL), np.asarray(batch.mask_BKL)
-    mask_BKL = mask_BKL & np.asarray(batch.where_BK)[:, :, None]
 
     def pack_group(group: int, rows: int | None) -> Packed:
         indices = [(b, k) for b in range(group, B, groups) for k in range(K)]
-        sequences = [tokens_BKL[at][mask_BKL[at]] for at in indices]
-        return pack(sequences, width=width, pad_id=pad_id, counts=errors.DropCount(max_dropped=0.0), rows=rows)
+        sequences, loss_masks = ([x[at][mask_BKL[at]] for at in indices] for x in (tokens_BKL, learnt_BKL))
+        counts = errors.DropCount(max_dropped=0.0)
+        return pack(sequences, loss_masks, width=width, pad_id=pad_id, counts=counts, rows=rows)
 
     per_group = None if rows is None else rows // groups
     parts = [pack_group(group, per_group) for group in range(groups)]
@@ -166,22 +230,11 @@ def pack_comparisons(
         parts = [pack_group(group, per_group) for group in range(groups)]
 
     # Rows are assigned to groups round-robin, because a train step divides a batch into micro-batches in this way.
-    def interleave(arrays: list[np.ndarray]) -> np.ndarray:
+    def interleave(*arrays: np.ndarray) -> np.ndarray:
         return np.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])
 
-    def interleaved_places(name: str) -> np.ndarray:
-        return interleave([getattr(part.places, name).reshape(B // groups, K) for part in parts])
-
-    return types.PackedComparisons(
-        tokens_RL=interleave([part.tokens_BL for part in parts]),  # pyright: ignore[reportArgumentType]
-        segments_RL=interleave([part.segments_BL for part in parts]),  # pyright: ignore[reportArgumentType]
-        places_BK=types.Places(**{name: interleaved_places(name) for name in ("row", "segment", "end")}),  # pyright: ignore
-        ranks_BK=batch.ranks_BK,
-        where_BK=batch.where_BK,
-        domain_B=batch.domain_B,
-        loss_inputs=batch.loss_inputs,
-        groups=groups,
-    )
+    places = (jax.tree.map(lambda x: x.reshape(B // groups, K), part.places) for part in parts)
+    return Packed(*map(interleave, *(part[:-1] for part in parts)), jax.tree.map(interleave, *places))
 
 
 def pack_documents(documents: Sequence[padding.Ids], *, width: int, eos_id: int) -> tuple[np.ndarray, int]:

@@ -23,10 +23,11 @@ from flax import struct
 from jax import core
 
 from rlhf_jax import masking, metrics
+from rlhf_jax.lm import packed
 from rlhf_jax.losses import preference
 from rlhf_jax.train import objectives
 from rlhf_jax.train.optim import nonfinite, update
-from rlhf_jax.types import Params, Preferences
+from rlhf_jax.types import PackedPreferences, Params, Preferences
 
 
 @struct.dataclass
@@ -53,12 +54,22 @@ class Hyper:
     """Weight of the SFT loss in `objectives.with_sft`."""
 
 
-def answer_logprobs(logprobs: Callable[..., jax.Array], params: Params, batch: Preferences) -> jax.Array:
+def answer_logprobs(
+    logprobs: Callable[..., jax.Array], params: Params, batch: Preferences | PackedPreferences
+) -> jax.Array:
     """Returns the log-probability of each answer, ``[B, K]`` float32, summed over its tokens.
 
     ``logprobs`` is described in :func:`make_train_step`. Raises ``ValueError`` if it does not return the columns of
-    ``answer_BKC``.
+    ``answer_BKC`` or, of packed rows, all columns.
     """
+    if isinstance(batch, PackedPreferences):
+        rows = logprobs(params, batch.tokens_RL, segments_BL=batch.segments_RL)
+        if rows.shape != batch.tokens_RL.shape:
+            raise ValueError(
+                f"logprobs returned shape {rows.shape} for packed rows of shape {batch.tokens_RL.shape}; it must "
+                "return all columns"
+            )
+        return packed.packed_sums(rows, batch.segments_RL, batch.places_BK, where_BL=batch.answer_RL)
     B, K, L = batch.tokens_BKL.shape
     masked = {} if batch.mask_BKL is None else {"mask_BL": batch.mask_BKL.reshape(B * K, L)}
     rows = logprobs(params, batch.tokens_BKL.reshape(B * K, L), **masked)
@@ -68,6 +79,16 @@ def answer_logprobs(logprobs: Callable[..., jax.Array], params: Params, batch: P
             "columns, and logprobs must return the same columns"
         )
     return masking.masked_sum(rows.reshape(batch.answer_BKC.shape), where=batch.answer_BKC, axis=-1)
+
+
+def answer_lengths(batch: Preferences | PackedPreferences) -> jax.Array:
+    """Returns the number of tokens of each answer, ``[B, K]`` float32, at least 1."""
+    if isinstance(batch, PackedPreferences):
+        ones_RL = jnp.ones(batch.tokens_RL.shape, jnp.float32)
+        counts_BK = packed.packed_sums(ones_RL, batch.segments_RL, batch.places_BK, where_BL=batch.answer_RL)
+    else:
+        counts_BK = jnp.sum(batch.answer_BKC, axis=-1)
+    return jnp.maximum(counts_BK, 1).astype(jnp.float32)
 
 
 def mismatched(batch: Preferences, *, prompt_width: int, shift: int = 1) -> Preferences:
@@ -147,12 +168,14 @@ def make_train_step(
 ) -> Callable[..., tuple[Any, dict[str, Any]]]:
     """Returns ``train_step(state, frozen, hyper, batch, rng) -> (state, metrics)`` on a `types.Preferences` batch.
 
-    The loss is the mean of the objective over the rows of the batch.
+    The loss is the mean of the objective over the rows of the batch. The step also accepts `types.PackedPreferences`,
+    whose number of groups must equal ``micro_batches``, and computes the same result with less padding.
 
     Args:
         logprobs: ``(params, tokens_BL, mask_BL=...) -> [B, C]``, such as `lm.token_logprobs`, which returns the T
             columns after the prompt if its ``prompt_width`` is set, and all L columns otherwise. ``mask_BL`` is passed
-            only if the batch has one.
+            only if the batch has one. For packed rows, ``logprobs`` receives ``segments_BL`` instead, and must return
+            all columns.
         objective: A function from `train.objectives`, or any function with the same signature.
         reference: Extracts the parameters of the reference from ``frozen``; called only for batches without
             ``reference_BK``. None for methods without a reference.
@@ -183,10 +206,11 @@ def make_train_step(
         - ``bad_rows``, ``bad_row``: number of rows with a non-finite loss; index of the first, or -1 for none.
 
         The step raises ``ValueError`` if the reference is needed and missing, if the objective would ignore the labels
-        of the batch, or if ``logprobs`` does not return the columns of ``answer_BKC``.
+        of the batch, if ``logprobs`` does not return the columns of ``answer_BKC``, or if the number of groups of a
+        packed batch differs from ``micro_batches``.
     """
 
-    def reference_logprobs(frozen: Any, batch: Preferences) -> jax.Array | None:
+    def reference_logprobs(frozen: Any, batch: Preferences | PackedPreferences) -> jax.Array | None:
         if batch.reference_BK is not None:
             return masking.as_float32(batch.reference_BK)
         if reference is None:
@@ -195,12 +219,12 @@ def make_train_step(
             raise ValueError("the reference is missing: pass its parameters as frozen, or set batch.reference_BK")
         return answer_logprobs(logprobs, reference(frozen), batch)
 
-    def baseline(frozen: Any, params: Any, batch: Preferences) -> jax.Array | None:
+    def baseline(frozen: Any, params: Any, batch: Preferences | PackedPreferences) -> jax.Array | None:
         """Computes KTO's baseline over the whole batch, for use in all micro-batches; it has no gradient."""
         if batch.mismatched is None:
             return None
 
-        def both_logprobs(part: Preferences) -> tuple[jax.Array, jax.Array]:
+        def both_logprobs(part: Preferences | PackedPreferences) -> tuple[jax.Array, jax.Array]:
             reference_BK = reference_logprobs(frozen, part)
             assert reference_BK is not None
             return answer_logprobs(logprobs, join(frozen, params), part), reference_BK
@@ -213,13 +237,17 @@ def make_train_step(
         return preference.kto_baseline(policy, frozen_policy, axis_name=axis_name)
 
     def loss_fn(
-        frozen: Any, hyper: Hyper, params: Any, batch: Preferences, total: tuple[jax.Array, jax.Array | None]
+        frozen: Any,
+        hyper: Hyper,
+        params: Any,
+        batch: Preferences | PackedPreferences,
+        total: tuple[jax.Array, jax.Array | None],
     ) -> tuple[jax.Array, dict[str, Any]]:
         rows, kto_baseline = total
         scored = objectives.Scored(
             policy_BK=answer_logprobs(logprobs, join(frozen, params), batch),
             reference_BK=reference_logprobs(frozen, batch),
-            lengths_BK=jnp.maximum(jnp.sum(batch.answer_BKC, axis=-1), 1).astype(jnp.float32),
+            lengths_BK=answer_lengths(batch),
             good_BK=batch.good_BK,
             targets_B=batch.targets_B,
             baseline=kto_baseline,
@@ -230,9 +258,15 @@ def make_train_step(
         logs = {"loss": metrics.Metric(loss_sum, rows / micro_batches), "bad": nonfinite.bad_loss_rows(losses_B)}
         return loss_sum / rows, logs | _reward_metrics(scored, rewards_BK, axis_name)
 
-    def train_step(state: Any, frozen: Any, hyper: Hyper, batch: Preferences, rng: Any) -> tuple[Any, dict[str, Any]]:
+    def train_step(
+        state: Any, frozen: Any, hyper: Hyper, batch: Preferences | PackedPreferences, rng: Any
+    ) -> tuple[Any, dict[str, Any]]:
         del rng
-        rows_B = batch.tokens_BKL[:, 0, 0]
+        if isinstance(batch, PackedPreferences):
+            update.check_groups(batch.groups, micro_batches)
+            rows_B, answer = batch.places_BK.row[:, 0], batch.answer_RL
+        else:
+            rows_B, answer = batch.tokens_BKL[:, 0, 0], batch.answer_BKC
         total = masking.masked_count(rows_B, where=True, axis_name=axis_name).astype(jnp.float32)
         kto_baseline = baseline(frozen, state.params, batch)
         state, logs = update.gradient_step(
@@ -244,7 +278,7 @@ def make_train_step(
             max_grad_norm=hyper.max_grad_norm,
             micro_batches=micro_batches,
             axis_name=axis_name,
-            empty=masking.masked_count(batch.answer_BKC, where=batch.answer_BKC, axis_name=axis_name) == 0,
+            empty=masking.masked_count(answer, where=answer, axis_name=axis_name) == 0,
         )
         return state, logs if kto_baseline is None else logs | {"baseline": kto_baseline}
 

@@ -115,10 +115,7 @@ def make_train_step(
             return score_all(score, params, batch)
         if packed_scores is None:
             raise ValueError("the batch is packed; pass packed_scores to make_train_step")
-        if batch.groups != micro_batches:
-            raise ValueError(
-                f"the batch is packed into {batch.groups} groups, but micro_batches is {micro_batches}; make them equal"
-            )
+        update.check_groups(batch.groups, micro_batches)
         return score_all_packed(packed_scores, params, batch)
 
     def scores_of_heads(scores: jax.Array, batch: Comparisons | PackedComparisons) -> jax.Array:

@@ -9,12 +9,13 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import objective_cases
 import optax
 import pytest
 
-from rlhf_jax import lm, losses, parallel, types
+from rlhf_jax import lm, parallel, types
 from rlhf_jax.data import errors, packing, padding
-from rlhf_jax.train import reward_model, sft
+from rlhf_jax.train import dpo, objectives, reward_model, sft
 from rlhf_jax.train import state as state_lib
 
 PAD = 0
@@ -257,33 +258,123 @@ def test_packed_reward_model_training_in_micro_batches_equals_padded_training():
     assert_close(ranking_update(ROPE, fixed, micro_batches=3)[1], want)
 
 
-@each_config
-def test_packed_dpo_equals_padded_dpo(cfg):
-    """The chosen and the rejected answer to a prompt may be in different rows."""
-    rows = demonstrations(10)
-    packed = packed_demonstrations(rows)
-    pairs = {"chosen": np.arange(0, 10, 2), "rejected": np.arange(1, 10, 2)}
-    reference = model(cfg, seed=1)
+def preferences(name) -> Any:
+    """Returns 6 pairs or, for kto, 12 labelled answers, whose lengths differ."""
+    rows = demonstrations(12)
+    B, K = (12, 1) if name == "kto" else (6, 2)
+    tokens, mask, answer = (x.reshape(B, K, -1) for x in (rows.tokens_BL, rows.mask_BL, rows.loss_mask_BL[:, P:]))
+    batch = types.Preferences(tokens, mask, answer)
+    if name != "kto":
+        return batch
+    batch = batch.replace(good_BK=np.arange(B)[:, None] % 3 == 0)  # type: ignore[attr-defined]
+    return batch.replace(mismatched=jax.device_get(dpo.mismatched(batch, prompt_width=P)))
 
-    def dpo(policy_N, reference_N):
-        four = (x_N[pairs[which]] for x_N in (policy_N, reference_N) for which in ("chosen", "rejected"))
-        return losses.dpo(*four, beta=0.1).mean()
 
-    def padded_sums(params):
-        logprobs_BL = lm.token_logprobs(params, rows.tokens_BL, cfg=cfg, mask_BL=rows.mask_BL)
-        return jnp.sum(jnp.where(rows.loss_mask_BL, logprobs_BL, 0.0), axis=1)
+@functools.cache
+def preference_step(name, cfg, packed=False, micro_batches=1):
+    logprobs = functools.partial(lm.token_logprobs, cfg=cfg, **({} if packed else {"prompt_width": P}))
+    options: Any = {"reference": None} if name in objective_cases.WITHOUT_REFERENCE else {}
+    return dpo.make_train_step(logprobs, objective_cases.FAMILY[name], micro_batches=micro_batches, **options)
 
-    def packed_sums(params):
-        logprobs_BL = lm.token_logprobs(params, packed.tokens_BL, cfg=cfg, segments_BL=packed.segments_BL)
-        return lm.packed_sums(logprobs_BL, packed.segments_BL, packed.places, where_BL=packed.loss_mask_BL)
 
-    want, got = (
-        jax.jit(jax.value_and_grad(lambda params, sums=sums: dpo(sums(params), sums(reference))))(model(cfg))
-        for sums in (padded_sums, packed_sums)
-    )
-    assert_close(got[0], want[0])
+def preference_update(name, cfg, batch, micro_batches=1):
+    step = preference_step(name, cfg, isinstance(batch, types.PackedPreferences), micro_batches)
+    state = state_lib.create(model(cfg), optax.scale(-1.0))
+    hyper = dpo.Hyper(learning_rate=np.float32(1.0), beta=np.float32(0.5))
+    state, logs = jax.jit(step)(state, model(cfg, seed=1), hyper, on_device(batch), None)
+    logs = {key: x.value() if hasattr(x, "value") else x for key, x in logs.items()}
+    return logs, jax.tree.map(jnp.subtract, state.params, model(cfg))
+
+
+def assert_same_update(got, want):
+    assert got[0].keys() == want[0].keys()
+    for key, value in want[0].items():
+        np.testing.assert_allclose(got[0][key], value, rtol=1e-4, atol=1e-5, err_msg=key)
     assert_close(got[1], want[1])
-    assert abs(float(want[0]) - np.log(2)) > 1e-3
+    assert want[0]["skipped"] == 0 and max(float(jnp.abs(x).max()) for x in jax.tree.leaves(want[1])) > 1e-3
+
+
+QUICK = {("dpo", "learned"), ("simpo", "window"), ("kto", "rope")}
+each_objective = [
+    pytest.param(name, CONFIGS[kind], id=f"{name}-{kind}", marks=() if (name, kind) in QUICK else pytest.mark.slow)
+    for name in ("dpo", "ipo", "simpo", "orpo", "kto")
+    for kind in CONFIGS
+]
+
+
+@pytest.mark.parametrize(("name", "cfg"), each_objective)
+def test_packed_preference_training_equals_padded_training(name, cfg):
+    """The chosen and the rejected answer to a prompt may be in different rows."""
+    batch = preferences(name)
+    packed = packing.pack_preferences(batch, width=WIDTH, pad_id=PAD)
+    assert packed.tokens_RL.size < 0.8 * batch.tokens_BKL.size
+    assert_same_update(preference_update(name, cfg, packed), preference_update(name, cfg, batch))
+
+
+@pytest.mark.parametrize("name", ["dpo", pytest.param("kto", marks=pytest.mark.slow)])
+def test_packed_preference_training_in_parts_equals_padded_training(name):
+    """The parts are micro-batches, or the shares of devices, which are packed separately."""
+    batch = preferences(name)
+    want = preference_update(name, ROPE, batch)
+    packed = packing.pack_preferences(batch, width=WIDTH, pad_id=PAD, groups=3)
+    assert_same_update(preference_update(name, ROPE, packed, micro_batches=3), want)
+    with pytest.raises(ValueError, match="packed into 3 groups, but micro_batches is 1"):
+        preference_update(name, ROPE, packed)
+
+    shares = [jax.tree.map(lambda x, i=i: np.split(x, 2)[i], batch) for i in range(2)]
+    packed_shares = [packing.pack_preferences(each, width=WIDTH, pad_id=PAD, rows=4) for each in shares]
+    stacked = jax.tree.map(lambda *x: np.stack(x), *packed_shares)
+    logprobs = functools.partial(lm.token_logprobs, cfg=ROPE)
+    step = dpo.make_train_step(logprobs, objective_cases.FAMILY[name], axis_name="d")
+    state = state_lib.create(model(ROPE), optax.scale(-1.0))
+    hyper = dpo.Hyper(learning_rate=np.float32(1.0), beta=np.float32(0.5))
+    sharded = jax.jit(jax.vmap(step, in_axes=(None, None, None, 0, None), axis_name="d"))
+    states, logs = sharded(state, model(ROPE, seed=1), hyper, on_device(stacked), None)
+    np.testing.assert_allclose(logs["loss"].value(), [want[0]["loss"]] * 2, rtol=1e-5)
+    assert_close(jax.tree.map(lambda x, y: x[0] - y, states.params, model(ROPE)), want[1])
+
+
+@pytest.mark.slow
+def test_packed_preference_training_with_adapters_and_soft_labels_equals_padded_training():
+    batch = preferences("dpo").replace(targets_B=np.linspace(0.1, 0.9, 6, dtype=np.float32))
+    join = functools.partial(lm.lora.attach, scale=2.0)
+    shapes = lm.lora.init(jax.random.key(0), ROPE, rank=2, pattern="layers/.*")
+    adapters = jax.tree.map(lambda x: jnp.asarray(0.1 * np.random.default_rng(5).normal(size=x.shape), x.dtype), shapes)
+    found = []
+    for each in (batch, packing.pack_preferences(batch, width=WIDTH, pad_id=PAD)):
+        options = {} if each is not batch else {"prompt_width": P}
+        logprobs = functools.partial(lm.token_logprobs, cfg=ROPE, **options)
+        step = dpo.make_train_step(logprobs, objectives.soft(objectives.dpo), join=join)
+        hyper = dpo.Hyper(learning_rate=np.float32(1.0), beta=np.float32(0.5))
+        state = state_lib.create(adapters, optax.scale(-1.0))
+        state, logs = jax.jit(step)(state, model(ROPE), hyper, on_device(each), None)
+        found.append((logs["loss"].value(), jax.tree.map(jnp.subtract, state.params, adapters)))
+    np.testing.assert_allclose(found[1][0], found[0][0], rtol=1e-5)
+    assert_close(found[1][1], found[0][1])
+
+
+def test_answers_keep_their_places_in_packed_preferences():
+    """The log-probability of a response is that of its own tokens, whichever columns the mask of answers covers."""
+    tokens = np.array([[[0, 1, 2, 3], [0, 1, 4, 0]], [[5, 6, 7, 0], [5, 6, 0, 0]]], np.int32)
+    mask = np.array([[[0, 1, 1, 1], [0, 1, 1, 0]], [[1, 1, 1, 0], [1, 1, 0, 0]]], bool)
+    batch: Any = types.Preferences(tokens, mask, mask[..., 2:], reference_BK=np.zeros((2, 2), np.float32))  # type: ignore[arg-type]
+    packed: Any = packing.pack_preferences(batch, width=5, pad_id=9)
+    np.testing.assert_array_equal(packed.tokens_RL, [[1, 2, 3, 1, 4], [5, 6, 7, 5, 6]])
+    np.testing.assert_array_equal(packed.answer_RL, [[0, 1, 1, 0, 1], [0, 0, 1, 0, 0]])
+    by_token = lambda params, tokens_BL, segments_BL: tokens_BL * params  # noqa: E731
+    sums = dpo.answer_logprobs(by_token, jnp.float32(10.0), on_device(packed))
+    np.testing.assert_array_equal(sums, [[50, 40], [70, 0]])
+    np.testing.assert_array_equal(dpo.answer_lengths(on_device(packed)), [[2, 1], [1, 1]])
+    np.testing.assert_array_equal(dpo.answer_lengths(on_device(batch)), [[2, 1], [1, 1]])
+    same = packing.pack_preferences(
+        batch.replace(mask_BKL=None, answer_BKC=np.ones((2, 2, 4), bool)), width=4, pad_id=9
+    )
+    np.testing.assert_array_equal(same.tokens_RL, tokens.reshape(4, 4))
+    assert same.answer_RL.all()
+    with pytest.raises(ValueError, match="for packed rows of shape"):
+        dpo.answer_logprobs(lambda params, tokens_BL, segments_BL: tokens_BL[:, 1:], None, on_device(packed))
+    with pytest.raises(ValueError, match="groups = 3 must divide the number of prompts, 2, and rows = 4"):
+        packing.pack_preferences(batch, width=5, pad_id=9, rows=4, groups=3)
 
 
 def test_packed_sums_and_means_equal_those_of_each_sequence():

@@ -4,6 +4,7 @@ import json
 import math
 import pathlib
 import shutil
+import types as types_lib
 from typing import Any
 
 import dpo
@@ -12,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reward_model
-from finetune import comparisons, preference_settings
+from finetune import comparisons, preference_settings, training
 from launch import initial_model
 from launch.run_settings import SettingError
 
-from rlhf_jax import lm, metrics
-from rlhf_jax.data import errors
+from rlhf_jax import lm, metrics, types
+from rlhf_jax.data import errors, packing
 
 WORDS = ("tea", "milk", "bread", "salt", "rice", "fish", "corn", "plum")
 
@@ -83,15 +84,46 @@ def test_transformers_loads_the_saved_reward_model(reward_run):
     assert loaded.config.num_labels == 1
 
 
-def test_packing_and_micro_batches_do_not_change_the_losses(pairs, tmp_path):
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        (reward_model, ()),
+        (dpo, ("--learning-rate", 1e-3)),
+        pytest.param(dpo, ("--loss", "kto"), marks=pytest.mark.slow),
+        pytest.param(dpo, ("--loss", "simpo"), marks=pytest.mark.slow),
+    ],
+    ids=["reward_model", "dpo", "kto", "simpo"],
+)
+def test_packing_and_micro_batches_do_not_change_the_losses(script, flags, pairs, tmp_path):
     runs = {"whole": ("--packing", "False"), "packed": ("--packing", "True"), "parts": ("--micro-batches", 2)}
     found = {}
-    for name, flags in runs.items():
-        results = train(reward_model, tmp_path / name, *NEW, "--data.path", pairs, *SHORT, *flags)
+    for name, chosen in runs.items():
+        results = train(script, tmp_path / name, *NEW, "--data.path", pairs, *SHORT, *flags, *chosen)
         found[name] = losses(tmp_path / name)
-        assert (results["packing"] is None) == (name == "whole")
+        assert (results["packing"] is None) == (name == "whole") and results["tokens_per_second"] > 0
     np.testing.assert_allclose(found["packed"], found["whole"], rtol=1e-4)
     np.testing.assert_allclose(found["parts"], found["whole"], rtol=1e-4)
+
+
+def test_packing_depends_on_the_computation_that_it_saves():
+    """Of 4 rows of 32 tokens, half are real; 2 packed rows suffice."""
+    mask_BKL = np.broadcast_to(np.arange(32) < 16, (4, 1, 32))
+    planned = training.Schedule(np.arange(4)[None], 1, 4)
+    options: dict[str, Any] = dict(pack=packing.pack_preferences, masks=[mask_BKL], pad_id=0)
+    rows: Any = types.Preferences(np.ones((4, 1, 32), np.int32), mask_BKL, mask_BKL)  # type: ignore[arg-type]
+    for chosen, mesh, cost, packed in (
+        (None, None, 1.0, True),
+        (None, None, 1.9, False),
+        (None, jax.make_mesh((1, 1), ("data", "fsdp")), 1.0, False),
+        (True, None, 1.9, True),
+        (False, None, 1.0, False),
+    ):
+        settings = types_lib.SimpleNamespace(packing=chosen, micro_batches=1)
+        batch_at, saving = comparisons.packed_batches(settings, mesh, rows, planned, cost=cost, **options)
+        assert (batch_at is not None) == packed == (saving is not None)
+        if batch_at is not None:
+            assert saving == {"width": 32, "rows": 2, "share_of_unpacked_tokens": 0.5}
+            assert batch_at(0).answer_RL.all() and batch_at(0).tokens_RL.shape == (2, 32)
 
 
 @pytest.mark.slow

@@ -66,6 +66,7 @@ def own_dpo():
         "likelihood_accuracy": {"before": RATE, "after": RATE},
         "logprobs": {"chosen": both, "rejected": both},
         "steps": 12345,
+        "tokens_per_second": 12345.6,
     }
 
 
@@ -79,7 +80,7 @@ def own_reward():
         "length_bias": {"correlation": RATE},
         "strata": {"tokens of the longer answer": STRATA},
     }
-    return {"reward_model": facts, "steps": 12345}
+    return {"reward_model": facts, "steps": 12345, "tokens_per_second": None}
 
 
 def cross_validated():

@@ -52,6 +52,14 @@ def split(batch: Any, micro_batches: int) -> Any:
     return jax.tree.map(leaf, batch)
 
 
+def check_groups(groups: int, micro_batches: int) -> None:
+    """Raises ``ValueError`` if a packed batch has another number of groups than a step has micro-batches."""
+    if groups != micro_batches:
+        raise ValueError(
+            f"the batch is packed into {groups} groups, but micro_batches is {micro_batches}; make them equal"
+        )
+
+
 def loss_and_grads(
     loss_fn: Callable[[Any, Any, Any], tuple[jax.Array, Any]],
     params: Any,
