@@ -1,5 +1,6 @@
 """Configuration of all tests: CPU only, and no implicit broadcasting across ranks."""
 
+import gc
 import importlib.metadata
 import os
 
@@ -17,6 +18,7 @@ import hypothesis
 import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+gc.set_threshold(50_000)  # otherwise 3 % of the time is spent on searching JAX's objects for garbage
 
 hypothesis.settings.register_profile("default", deadline=None, max_examples=25)
 hypothesis.settings.load_profile("default")
