@@ -79,21 +79,13 @@ def run(settings: SampleSettings) -> list[dict[str, Any]]:
     prompts = answers.encode_prompts(
         model, found, width=settings.prompt_width, max_new_tokens=settings.max_new_tokens, counts=counts
     )
-    spec = answers.sampling(
-        model.fmt.stop_ids,
-        model.fmt.pad_id,
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        max_new_tokens=settings.max_new_tokens,
-    )
     file = answers.SampleFile(settings.out, answers.identity(settings, model, settings.prompts))
     if file.lines:
         run_setup.print_line(out, f"continuing {settings.out}, which has {len(file.lines)} answers")
     run_setup.print_line(out, f"prompts: {len(prompts.ids)}; {counts.report()}")
     run_setup.print_line(out, f"model: {model.path} ({cfg.model_type}); chat template: {model.fmt.origin}")
     run_setup.print_line(out, run_setup.describe_dtype(cfg))
-    sampler = answers.Sampler(cfg, spec, batch=settings.batch, mesh=mesh)
+    sampler = answers.sampler(settings, model, mesh)
     with console.StageProgress([("sample", 60.0)], elapsed=time.time() - process_setup.START_TIME) as progress:
         lines = answers.sample_file(
             sampler,

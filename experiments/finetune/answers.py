@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -47,36 +48,6 @@ class Answer(NamedTuple):
     stopped: bool
     logprob: float
     """Sum of the log-probabilities of the tokens under the distribution from which they were drawn."""
-
-
-def sampling(
-    stop_ids: tuple[int, ...],
-    pad_id: int,
-    *,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    max_new_tokens: int,
-) -> generation.Sampling:
-    """Returns the sampling distribution; a temperature of 0 chooses the most likely token.
-
-    Args:
-        stop_ids: Ids that end an answer.
-        pad_id: Id of the padding token.
-        temperature: Sampling temperature.
-        top_k: Number of most likely tokens to draw from; None for all.
-        top_p: Total probability of the most likely tokens to draw from; None for all.
-        max_new_tokens: Maximum number of tokens in an answer.
-    """
-    return generation.Sampling(
-        temperature=temperature or 1.0,
-        greedy=temperature == 0,
-        top_k=top_k,
-        top_p=top_p,
-        max_new_tokens=max_new_tokens,
-        stop_ids=stop_ids,
-        pad_id=pad_id,
-    )
 
 
 def read_prompts(settings: sampling_settings.Sampling, path: str, counts: errors.DropCount) -> list[records.Prompt]:
@@ -220,6 +191,28 @@ class Sampler:
                 )
                 for b in range(len(chosen))
             ]
+
+
+def sampler(settings: sampling_settings.Sampling, model: initial_model.InitialModel, mesh: Any) -> Sampler:
+    """Returns a sampler, the same for models of one architecture, which then share its programs.
+
+    A temperature of 0 chooses the most likely token.
+    """
+    spec = generation.Sampling(
+        temperature=settings.temperature or 1.0,
+        greedy=settings.temperature == 0,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        max_new_tokens=settings.max_new_tokens,
+        stop_ids=model.fmt.stop_ids,
+        pad_id=model.fmt.pad_id,
+    )
+    return _sampler(model.cfg, spec, settings.batch, mesh)
+
+
+@functools.cache
+def _sampler(cfg: lm.LMConfig, spec: generation.Sampling, batch: int, mesh: Any) -> Sampler:
+    return Sampler(cfg, spec, batch=batch, mesh=mesh)
 
 
 @jax.jit

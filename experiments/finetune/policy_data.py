@@ -50,8 +50,9 @@ def read_prompts(
 ) -> Prompts:
     """Reads and encodes the prompts of a file.
 
-    Prompts with equal tokens are used more than once only if their other columns are equal too, because a reward
-    function gets the columns of a prompt by its tokens.
+    Prompts with equal tokens but different columns, which a reward function gets, differ in the id in their first
+    column, which is padding and thus has no effect. All but the first of them are dropped only if the model's maximum
+    length leaves no column for padding.
 
     Args:
         model: The policy.
@@ -77,24 +78,29 @@ def read_prompts(
         encoded = answers.encode_prompts(
             model, found, width=width, max_new_tokens=max_new_tokens, counts=fitting, flag="--policy"
         )
-    kept = _distinct(encoded, fitting)
+    number_N = _numbers(encoded)
+    length_N = np.array([len(ids) for ids in encoded.ids])
+    if ((number_N > 0) & (length_N == width)).any() and width + max_new_tokens < model.cfg.max_length:
+        width += 1
+    kept = np.flatnonzero((number_N == 0) | (length_N < width))
+    for _ in range(len(number_N) - len(kept)):
+        fitting.drop("same tokens as another prompt with other columns")
     counts.max_dropped = 1.0
     counts.add(fitting, records=len(found), source=path)
     chosen = [encoded.records[i] for i in kept]
     tokens_BP, mask_BP = padding.pad_prompts([encoded.ids[i] for i in kept], width=width, pad_id=model.fmt.pad_id)
+    tokens_BP[:, 0] = np.where(mask_BP[:, 0], tokens_BP[:, 0], number_N[kept])
     return Prompts(tokens_BP, mask_BP, chosen, human_comparisons.conversation_ids(chosen))
 
 
-def _distinct(encoded: answers.Prompts, counts: errors.DropCount) -> list[int]:
-    first: dict[tuple[int, ...], records.Prompt] = {}
-    kept = []
-    for i, (ids, record) in enumerate(zip(encoded.ids, encoded.records)):
-        same = first.setdefault(tuple(ids), record)
-        if (same.prompt, same.metadata) == (record.prompt, record.metadata):
-            kept.append(i)
-        else:
-            counts.drop("same tokens as another prompt with other columns")
-    return kept
+def _numbers(encoded: answers.Prompts) -> np.ndarray:
+    """Returns the number of each record, counted from 0, among the different records with the same tokens."""
+    found: dict[tuple[int, ...], dict[str, int]] = {}
+    numbers = []
+    for ids, record in zip(encoded.ids, encoded.records):
+        same = found.setdefault(tuple(ids), {})
+        numbers.append(same.setdefault(repr((record.prompt, sorted(record.metadata.items()))), len(same)))
+    return np.array(numbers, np.int32)
 
 
 def split(prompts: Prompts, fraction: float, key: jax.Array) -> tuple[Prompts, Prompts]:

@@ -111,8 +111,7 @@ class Scorer:
         """Builds the programs of the reward models; ``prompts`` are all prompts that can be answered."""
         self.found, self._fmt, self._mesh = found, fmt, mesh
         self._records = {
-            row[mask].tobytes(): record
-            for row, mask, record in zip(prompts.tokens_BP, prompts.mask_BP, prompts.records)
+            _key(row, mask): record for row, mask, record in zip(prompts.tokens_BP, prompts.mask_BP, prompts.records)
         }
         self._width = prompts.tokens_BP.shape[1]
         program = partial(parallel.JitStep, donate_argnums=(), mesh=mesh, batch_args=(1, 2), replicated_args=())
@@ -167,9 +166,7 @@ class Scorer:
     ) -> np.ndarray:
         """Returns the scores of a function of the user, ``[B]`` or ``[B, T]``."""
         P = self._width
-        records = [
-            self._records[np.asarray(row[:P], np.int32)[mask[:P]].tobytes()] for row, mask in zip(tokens_BL, mask_BL)
-        ]
+        records = [self._records[_key(row[:P], mask[:P])] for row, mask in zip(tokens_BL, mask_BL)]
         ids = [row[P:][mask].tolist() for row, mask in zip(tokens_BL, response_mask_BT)]
         tokenizer: Any = self._fmt.tokenizer
         scores = function(
@@ -189,6 +186,11 @@ class Scorer:
         """Returns the text of an answer without special tokens."""
         stopped = bool(ids) and ids[-1] in self._fmt.stop_ids
         return answers.text_of(self._fmt, ids, stopped=stopped)
+
+
+def _key(tokens_P: np.ndarray, mask_P: np.ndarray) -> tuple[bytes, bytes]:
+    """Returns a key that includes the padding, which tells prompts with equal tokens apart; see `policy_data`."""
+    return np.asarray(tokens_P, np.int32).tobytes(), np.asarray(mask_P, bool).tobytes()
 
 
 def _part(part: jax.Array, rollout: types.Rollout) -> jax.Array:

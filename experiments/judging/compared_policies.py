@@ -106,17 +106,7 @@ def sample(
         counts=counts,
         flag="--policies",
     )
-    sampler = _sampler(
-        model.cfg,
-        model.fmt.stop_ids,
-        model.fmt.pad_id,
-        settings.temperature,
-        settings.top_k,
-        settings.top_p,
-        settings.max_new_tokens,
-        settings.batch,
-        mesh,
-    )
+    sampler = answers.sampler(settings, model, mesh)
     wanted = [(row, k) for row in range(len(prompts.ids)) for k in range(settings.n)]
     made: dict[tuple[int, int], answers.Answer] = {}
     for batch in sampler(model.params, prompts, wanted, seed=settings.seed, policy=number):
@@ -134,25 +124,6 @@ def sample(
     if measure:
         given = dataclasses.replace(given, logprobs_NS=_logprobs(settings, model, given, mesh, lambda *_: None))
     return given
-
-
-@functools.cache
-def _sampler(
-    cfg: lm.LMConfig,
-    stop_ids: tuple[int, ...],
-    pad_id: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    max_new_tokens: int,
-    batch: int,
-    mesh: Any,
-) -> answers.Sampler:
-    """Returns a sampler, the same for the same arguments, so that policies of one architecture share its programs."""
-    spec = answers.sampling(
-        stop_ids, pad_id, temperature=temperature, top_k=top_k, top_p=top_p, max_new_tokens=max_new_tokens
-    )
-    return answers.Sampler(cfg, spec, batch=batch, mesh=mesh)
 
 
 def load(

@@ -1,16 +1,17 @@
 """The commands that sample from a user's own models and evaluate them, on tiny models."""
 
+import functools
 import json
 import pathlib
 import types
 from typing import Any
 
 import evaluate
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import sample
+import word_models
 from finetune import answers, reward_functions
 from judging import compared_policies, judges, reward_scores
 from launch import initial_model, run_folder
@@ -24,24 +25,7 @@ WORDS = ("tea", "milk", "bread", "salt", "rice", "fish", "corn", "plum", "what",
 DIALOGUES = [f"{a} is {b} {c}" for a in WORDS[:8] for b in WORDS[4:8] for c in WORDS[:2]]
 
 
-def save_model(path, *, seed, words=WORDS, head=False, max_length=64, positions="rope"):
-    """Saves a tiny random model whose tokens are words."""
-    fmt = chat.chat_format(tokenizers.word_level(words))
-    cfg = lm.LMConfig(
-        vocab_size=len(fmt.tokenizer),
-        n_layers=1,
-        d_model=16,
-        n_heads=2,
-        d_mlp=32,
-        max_length=max_length,
-        positions=positions,  # pyright: ignore[reportArgumentType]
-        tie_embeddings=True,
-    )
-    params = jax.tree.map(lambda x: 4.0 * x, lm.init(jax.random.key(seed), cfg))
-    if head:
-        params = lm.with_head(jax.random.key(seed + 1), params, cfg)
-    lm.save(path, cfg, params, tokenizer=fmt.tokenizer, stop_ids=fmt.stop_ids)
-    return str(path)
+save_model = functools.partial(word_models.save, words=WORDS)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """The command that trains a user's own policy by reinforcement learning, on tiny models."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 
@@ -8,12 +9,13 @@ import jax
 import numpy as np
 import ppo
 import pytest
-from finetune import policy_data, policy_functions, policy_settings
+import word_models
+from finetune import policy_data, policy_functions, policy_rewards, policy_settings
 from launch import initial_model, run_folder
 from launch.run_settings import SettingError
 
-from rlhf_jax import lm
-from rlhf_jax.data import chat, errors, tokenizers
+from rlhf_jax import generation, lm
+from rlhf_jax.data import errors
 
 WORDS = ("tea", "milk", "bread", "salt", "rice", "fish", "corn", "plum", "papaya", "yes")
 SHORT = ("--max-new-tokens", 6, "--ppo.batch", 16, "--ppo.iterations", 3, "--show-every", 0, "--held-out", 0.25)
@@ -28,6 +30,10 @@ def each_a(prompts, answers, *, tokens, records):
     return [[token.count("a") for token in answer] for answer in tokens]
 
 
+def number(prompts, answers, records):
+    return [record["number"] for record in records]
+
+
 def broken(prompts, answers):
     return [1 / 0 for answer in answers]
 
@@ -37,23 +43,7 @@ def short(prompts, answers):
 """
 
 
-def save_model(path, *, seed, head=False, width=16, words=WORDS):
-    """Saves a tiny random model whose tokens are words."""
-    fmt = chat.chat_format(tokenizers.word_level(words))
-    cfg = lm.LMConfig(
-        vocab_size=len(fmt.tokenizer),
-        n_layers=1,
-        d_model=width,
-        n_heads=2,
-        d_mlp=2 * width,
-        max_length=64,
-        tie_embeddings=True,
-    )
-    params = jax.tree.map(lambda x: 2.0 * x, lm.init(jax.random.key(seed), cfg))
-    if head:
-        params = lm.with_head(jax.random.key(seed + 1), params, cfg)
-    lm.save(path, cfg, params, tokenizer=fmt.tokenizer, stop_ids=fmt.stop_ids)
-    return str(path)
+save_model = functools.partial(word_models.save, words=WORDS, scale=2.0)
 
 
 @pytest.fixture(scope="module")
@@ -180,17 +170,40 @@ def test_training_ends_at_the_kl_limit_and_the_policy_is_saved(files, tmp_path):
         np.testing.assert_array_equal(first, second)
 
 
-def test_equal_prompts_are_kept_unless_their_columns_differ(files, tmp_path):
+def test_equal_prompts_are_kept_with_the_columns_of_each(files, tmp_path):
+    """A reward function gets the columns of the prompt that was answered, also if other prompts have its tokens."""
     model = initial_model.load(files["policy"], flag="--policy")
     path = tmp_path / "prompts.jsonl"
-    records = [("tea", 1), ("tea", 1), ("tea", 2), (" ".join(WORDS[:9]), 3), ("milk", 4)]
-    path.write_text("".join(json.dumps({"prompt": text, "number": n}) + "\n" for text, n in records))
-    counts = errors.DropCount()
-    found = policy_data.read_prompts(model, str(path), width=8, max_new_tokens=4, counts=counts)
-    assert [record.metadata["number"] for record in found.records] == [1, 1, 4]
-    assert counts.dropped == {"same tokens as another prompt with other columns": 1, "prompt too long": 1}
-    wide = policy_data.read_prompts(model, str(path), width=None, max_new_tokens=4, counts=errors.DropCount())
-    assert wide.tokens_BP.shape == (4, 16) and list(wide.asked_B) == [0, 0, 1, 2]
+    long = " ".join(WORDS[:8])
+    prompts = [("tea", 1), ("tea", 1), ("tea", 2), (" ".join(WORDS[:9]), 3), ("milk", 4), (long, 5), (long, 6)]
+    path.write_text("".join(json.dumps({"prompt": text, "number": n}) + "\n" for text, n in prompts))
+
+    def read(width, max_new_tokens=4):
+        counts = errors.DropCount()
+        options = {"width": width, "max_new_tokens": max_new_tokens, "counts": counts}
+        return policy_data.read_prompts(model, str(path), **options), counts.dropped
+
+    found, dropped = read(11)
+    assert [record.metadata["number"] for record in found.records] == [1, 1, 2, 4, 5, 6]
+    assert dropped == {"prompt too long": 1}
+    assert found.tokens_BP.shape == (6, 12), "a column of padding, because the longest prompts have 11 tokens"
+    full, dropped = read(11, max_new_tokens=model.cfg.max_length - 11)
+    assert [record.metadata["number"] for record in full.records] == [1, 1, 2, 4, 5]
+    assert dropped == {"prompt too long": 1, "same tokens as another prompt with other columns": 1}
+    wide, dropped = read(None)
+    assert wide.tokens_BP.shape == (7, 16) and list(wide.asked_B) == [0, 0, 0, 1, 2, 3, 3] and not dropped
+
+    keys = jax.random.split(jax.random.key(0), 6)
+    spec = generation.Sampling(max_new_tokens=4, stop_ids=model.fmt.stop_ids)
+    inputs = keys, found.tokens_BP, found.mask_BP
+    rollout = generation.generate(model.params, *inputs, cfg=model.cfg, sampling=spec)
+    function = policy_functions.RewardFunction(f"{files['functions']}:number")
+    rewards = policy_rewards.Rewards({}, {"number": function}, {"number": 1.0})
+    scores = policy_rewards.Scorer(rewards, model.fmt, found, None).measure({"parts": {}}, rollout, size=4)
+    np.testing.assert_array_equal(scores["reward"], [1, 1, 2, 4, 5, 6])
+    junk = np.where(found.mask_BP, found.tokens_BP, 0)
+    same = generation.generate(model.params, keys, junk, found.mask_BP, cfg=model.cfg, sampling=spec)
+    np.testing.assert_array_equal(rollout.tokens_BL[:, 12:], same.tokens_BL[:, 12:])
 
 
 def test_rows_of_the_pretraining_loss(files, tmp_path):
@@ -208,7 +221,7 @@ def test_rows_of_the_pretraining_loss(files, tmp_path):
 
 
 def test_errors_of_reward_functions_name_the_line(files, tmp_path):
-    with pytest.raises(SettingError, match=r'failed: ZeroDivisionError.*rewards.py, line 13: "return \[1 / 0'):
+    with pytest.raises(SettingError, match=r'failed: ZeroDivisionError.*rewards.py, line 17: "return \[1 / 0'):
         ppo.run(settings(files, tmp_path / "a", reward="broken"))
     with pytest.raises(SettingError, match="returned 1 values for"):
         ppo.run(settings(files, tmp_path / "b", reward="short"))
