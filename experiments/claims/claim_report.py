@@ -26,7 +26,7 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
     """Returns the table for the terminal, one row per statistic."""
     shown = Table(box=box.SIMPLE_HEAD)
     for name in ("id", "verdict", "statistic", "value (95 % interval)"):
-        shown.add_column(name)
+        shown.add_column(name, no_wrap=name in ("id", "value (95 % interval)"))
     for each in results:
         for number, part in enumerate(each["parts"]):
             first = [each["id"], each["verdict"]] if number == 0 else ["", ""]
