@@ -90,7 +90,7 @@ CLAIM = Claim(
     id="C36",
     paper="Gao et al. 2023, Figures 3, 6 and 13",
     claim="Larger reward models are over-optimised less (beta falls), and more data beats more epochs.",
-    published="beta falls smoothly from 3M to 3B parameters; validation loss .686 with 2000 comparisons, .655 with 8000, "
+    published="beta falls smoothly from 3M to 3B parameters; validation loss .686 with 2000 pairs, .655 with 8000, "
     ".684 with 2000 and four epochs",
     differs="Best of up to 64 only, not RL, so that alpha and the peak of RL are not tested, nor is the minimum of "
     "about 2000 comparisons. Labels are those of simulated labelers instead of the gold model.",
