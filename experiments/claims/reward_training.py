@@ -25,6 +25,7 @@ def fit(
     start: types.Params,
     rows: types.Comparisons,
     *,
+    batch: int,
     epochs: int = 1,
     rate: float = 1.0,
     shuffled: bool = False,
@@ -35,12 +36,12 @@ def fit(
         trial: The trial.
         start: Initial parameters.
         rows: The comparisons to train on.
+        batch: Prompts per step.
         epochs: Number of passes over them.
         rate: Factor on the learning rate.
         shuffled: Whether to train on shuffled pairs instead of whole prompts.
     """
-    settings = trial.settings.reward_model
-    batch, key = settings.batch, trial.key("reward_model")
+    settings, key = trial.settings.reward_model, trial.key("reward_model")
     if shuffled:
         rows, batch = pairs_of(rows), batch * PAIRS_PER_BATCH
     n = len(rows.ranks_BK)

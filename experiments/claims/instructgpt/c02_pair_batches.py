@@ -2,8 +2,9 @@
 
 If pairs are shuffled, each answer is in several updates of a single epoch, and the reward model overfits. More epochs
 overfit too, and a learning rate that is 50 % lower or higher makes no difference. Reward models are trained on the same
-few prompts, and the log-loss is measured on prompts that ask something else. A batch of shuffled pairs has about as
-many answers as a batch of whole prompts, so shuffled pairs take more updates.
+few prompts, in small batches so that there are enough updates, and the log-loss is measured on prompts that ask
+something else. A batch of shuffled pairs has about as many answers as a batch of whole prompts, so shuffled pairs take
+more updates.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "rate x 0.5": {"rate": 0.5},
     "rate x 1.5": {"rate": 1.5},
 }
-PROMPTS = 240
+PROMPTS, BATCH = 240, 2
 HELD_OUT = 400
 
 
@@ -64,7 +65,7 @@ def train_and_test(
     few = types.Comparisons(
         **{name: getattr(compared[0], name)[:prompts] for name in ("tokens_BKL", "mask_BKL", "ranks_BK", "where_BK")}
     )
-    reward = reward_training.fit(trial, start, few, epochs=epochs, rate=rate, shuffled=shuffled)
+    reward = reward_training.fit(trial, start, few, batch=BATCH, epochs=epochs, rate=rate, shuffled=shuffled)
     rows = reward_training.held_out(trial, compared[0], trained=prompts, limit=HELD_OUT)
     return reward_training.pair_numbers(reward_training.score(trial, reward, rows), rows)
 

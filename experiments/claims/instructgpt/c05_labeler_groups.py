@@ -28,7 +28,7 @@ GROUPS = 5
 GROUP_SPREAD = 0.35
 """Relative standard deviation of the groups' tastes; that within groups is --world.spread."""
 AGREEMENT = 0.73
-PROMPTS = 320
+PROMPTS, BATCH = 320, 2
 HELD_OUT = 400
 
 Compared = tuple[types.Comparisons, dict[str, Any]]
@@ -93,7 +93,7 @@ def train_and_test(
     few = types.Comparisons(
         rows.tokens_BKL[:prompts], rows.mask_BKL[:prompts], np.asarray(ranks_BK), rows.where_BK[:prompts]
     )
-    reward = reward_training.fit(trial, start, few)
+    reward = reward_training.fit(trial, start, few, batch=BATCH)
     all_rows = rows.replace(loss_inputs={"features": judged["features"]})  # type: ignore[attr-defined]
     tested = reward_training.held_out(trial, all_rows, trained=prompts, limit=HELD_OUT)
     scores_BK = reward_training.score(trial, reward, tested)

@@ -44,7 +44,7 @@ def train_on_quarter(
     few = types.Comparisons(
         rows.tokens_BKL[:quarter], rows.mask_BKL[:quarter], rows.ranks_BK[:quarter], rows.where_BK[:quarter]
     )
-    return reward_training.fit(trial, start, few, epochs=epochs)
+    return reward_training.fit(trial, start, few, batch=trial.settings.reward_model.batch, epochs=epochs)
 
 
 def decide(measured_S: Sequence[Measured]) -> list[verdicts.Part]:
