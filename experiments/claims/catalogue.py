@@ -4,7 +4,30 @@ from __future__ import annotations
 
 from claims.claim import Claim
 from claims.instructgpt import c04_labeler_agreement, c06_heldout_labelers, c07_alignment_tax, c09_kl_coefficient
-from claims.overoptimisation import c25_best_of_k
+from claims.overoptimisation import (
+    c16_sqrt_kl,
+    c17_train_and_test_models,
+    c25_best_of_k,
+    c31_reward_model_overoptimised,
+    c35_functional_forms,
+    c37_policy_size,
+    c38_kl_penalty_frontier,
+)
+from claims.policy_optimisation import c32_separate_critic, c33_adaptive_kl
 
-_MODULES = (c04_labeler_agreement, c06_heldout_labelers, c07_alignment_tax, c09_kl_coefficient, c25_best_of_k)
+_MODULES = (
+    c04_labeler_agreement,
+    c06_heldout_labelers,
+    c07_alignment_tax,
+    c09_kl_coefficient,
+    c16_sqrt_kl,
+    c17_train_and_test_models,
+    c25_best_of_k,
+    c31_reward_model_overoptimised,
+    c32_separate_critic,
+    c33_adaptive_kl,
+    c35_functional_forms,
+    c37_policy_size,
+    c38_kl_penalty_frontier,
+)
 CLAIMS: dict[str, Claim] = {module.CLAIM.id: module.CLAIM for module in _MODULES}
