@@ -95,8 +95,8 @@ CLAIM = Claim(
     claim="The score of the model that RL optimises and that of a model trained on other comparisons agree early and "
     "then part; the score overstates the win rate.",
     published="the scores part after about 150,000 samples (figure)",
-    differs="Choices of simulated labelers replace the Elo scores from crowdworkers. An interval cannot prove equality, "
-    "so the gap at 10 % of the run must be less than 0.1 standard deviations.",
+    differs="Choices of simulated labelers replace the Elo scores from crowdworkers. An interval cannot prove "
+    "equality, so the gap at 10 % of the run must be less than 0.1 standard deviations.",
     measure=measure,
     decide=decide,
     plot=plot,
