@@ -16,7 +16,7 @@ from rlhf_jax import generation, lm, parallel, types
 from rlhf_jax.simulation import labelers
 from rlhf_jax.train import ppo, ppo_models
 
-AT = (0, 3, 6, 9, 12, 16, 20, 26, 32)
+AT = (0, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24)
 """Iterations after which policies are measured; the last is the length of training."""
 
 

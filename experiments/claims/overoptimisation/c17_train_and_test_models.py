@@ -22,7 +22,7 @@ from rlhf_jax import diagnostics
 from rlhf_jax.report import plots
 from rlhf_jax.simulation import labelers
 
-AT = (0, 4, 12, 20, 30, 40)
+AT = (0, 3, 6, 10, 16, 23, 30)
 EARLY = 1
 """Index of the checkpoint at 10 % of the run."""
 
