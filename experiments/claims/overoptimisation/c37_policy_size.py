@@ -70,7 +70,10 @@ def decide(measured_S: Sequence[Measured]) -> list[verdicts.Part]:
         small, large = measured["small"], measured["large"]
         peaks_S.append(peak(small["rl"]) / peak(large["rl"]) - 1)
         ratios_S.append(np.mean([kl_ratio(each["rl"], each["best of n"]) for each in (small, large)]))
-        gains_S.append(np.subtract(*(np.ptp(each["best of n"]["gold"][[0, -1]]) for each in (small, large))))
+        small_gain, large_gain = (
+            each["best of n"]["gold"][-1] - each["best of n"]["gold"][0] for each in (small, large)
+        )
+        gains_S.append(small_gain - large_gain)
     return [
         verdicts.between("distance of the peak of the small policy / of the large one − 1", peaks_S, -0.2, 0.2),
         verdicts.above("log of the KL of RL / of best of n at one score", ratios_S),
