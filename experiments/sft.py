@@ -82,7 +82,7 @@ def run(settings: SFTSettings) -> dict[str, Any]:
     """Trains the model and returns the contents of results.json."""
     return stage_run.run(
         settings,
-        counts=errors.DropCount(max_dropped=settings.data.max_dropped),
+        counts=errors.DropCount(max_dropped=settings.data.max_dropped, flag="--data.max-dropped"),
         prepare=partial(_prepare, settings),
         train=partial(_train, settings),
         title="Supervised fine-tuning",
@@ -93,6 +93,8 @@ def run(settings: SFTSettings) -> dict[str, Any]:
 def _prepare(settings: SFTSettings, mesh: Any, counts: errors.DropCount) -> stage_run.Prepared:
     """Loads the model, or creates it with a tokenizer trained on the file, and encodes the conversations."""
     key, data = jax.random.key(settings.seed), settings.data
+    if not initial_model.is_architecture(settings.model):
+        initial_model.check(settings.model)
     found, preferred = demonstrations.read(data.path, counts)
     if initial_model.is_architecture(settings.model):
         fmt = demonstrations.train_chat_format(found, data.vocab_size)
@@ -148,6 +150,7 @@ def _train(
         "steps": len(job.log.rows("sft")),
         "tokens_per_second": trained.tokens_per_second(per_step),
         "held_out_loss": losses,
+        "clusters": {"held-out loss": len(np.unique(human_comparisons.conversation_ids(held_out.records)))},
     }
     return stage_run.Trained(params, results)
 

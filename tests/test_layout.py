@@ -70,7 +70,8 @@ def test_module_names_are_unique():
 @pytest.mark.parametrize("folder", ["rlhf_jax", "experiments", "tests"])
 def test_no_folder_has_more_than_16_modules(folder):
     sizes = Counter(path.parent.relative_to(ROOT).as_posix() for path in modules(folder))
-    assert not {name: size for name, size in sizes.items() if size > 16}
+    limits = {"experiments": 24}  # these are commands, each of which its help describes
+    assert not {name: size for name, size in sizes.items() if size > limits.get(name, 16)}
 
 
 @pytest.mark.parametrize("folder", ["rlhf_jax", "experiments"])

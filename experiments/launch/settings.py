@@ -96,9 +96,9 @@ class Net:
 class Pretrain:
     """Pretraining of the base model on a text corpus. It is skipped with --model."""
 
-    documents: int = 56_000
+    documents: int = 42_000
     """Number of documents in the built-in world's corpus."""
-    steps: int = 448
+    steps: int = 336
     """Number of optimiser steps."""
     batch: int = 64
     """Rows per step, in pretraining and in supervised fine-tuning."""
@@ -112,7 +112,7 @@ class Pretrain:
 class SFT:
     """Supervised fine-tuning of two models: `sft`, the baseline, and `sft_mix`, from which PPO starts."""
 
-    demonstrations: int = 5000
+    demonstrations: int = 4500
     """Number of demonstrations in the built-in world."""
     epochs: int = 2
     """Number of passes over the demonstrations for `sft`."""
@@ -128,7 +128,7 @@ class SFT:
 class Comparisons:
     """Samples of the SFT models in the built-in world, ranked by simulated labelers."""
 
-    prompts: int = 2000
+    prompts: int = 1500
     """Number of training prompts. A tenth as many are added for validation."""
     min_k: int = 4
     """Minimum number of answers per prompt."""
@@ -158,7 +158,7 @@ class RL:
     """RL method. Only ppo has a critic. The other methods refuse settings of the critic."""
     samples: int = 1
     """Number of answers to each prompt. It must be at least 2 for rloo, grpo and dr-grpo, which compare them."""
-    iterations: int = 30
+    iterations: int = 24
     """Number of iterations. Each samples a rollout and then updates the policy on it."""
     batch: int = 256
     """Answers per rollout."""
@@ -220,7 +220,7 @@ class RL:
     correct_sampler: bool = False
     """Weight each token by its probability under the policy divided by that under the sampler, capped at 2."""
     missing_stop: Literal["replace", "subtract"] = "replace"
-    """Whether --ppo.missing-stop-score, which should be negative, replaces the score of an answer without a stop token
+    """Whether --ppo.missing-stop-score, which is at most 0, replaces the score of an answer without a stop token
     (`replace`, as in the papers) or is added to it (`subtract`)."""
     ema: float = 0.95
     """Decay of the moving average of the policy's weights that is evaluated and saved (0.992 in InstructGPT, which has
@@ -254,7 +254,7 @@ class PPO(RL):
     adam_tf1: bool = False
     """Use TensorFlow 1's Adam. It adds epsilon before the bias correction, which makes the first steps smaller."""
     missing_stop_score: float = -3.0
-    """Score for an answer without a stop token, in standard deviations of the reward."""
+    """Score for an answer without a stop token, at most 0, in standard deviations of the reward."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,7 +270,7 @@ class Evaluation:
     """Split of the built-in world's prompts: `test` to report results, `validation` to tune settings."""
     best_of: int = 16
     """Number of samples per prompt in the best-of-n baseline."""
-    best_of_prompts: int = 400
+    best_of_prompts: int = 320
     """Number of held-out prompts in the best-of-n baseline and in the diversity of every policy."""
     skills: int = 800
     """Number of skill problems of the built-in world, divided evenly among four skills: copy, sort, sum and look."""

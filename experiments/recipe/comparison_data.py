@@ -63,7 +63,7 @@ def collect(
             job.note(stage, f"the comparisons are collected again, because {error}")
             found = None
         if found is None:
-            comparisons, facts = _sample_and_rank(job, policies, stage.partition("-")[0])
+            comparisons, facts = sample_and_rank(job, policies, stage.partition("-")[0])
             fields = {each.name: getattr(comparisons, each.name) for each in dataclasses.fields(comparisons)}
             checkpoints.save(saved + 1, fields, facts)
         else:
@@ -76,10 +76,16 @@ def collect(
     return train, validation, facts
 
 
-def _sample_and_rank(
+def sample_and_rank(
     job: jobs.Job, policies: list[types.Params], stage: str
 ) -> tuple[types.Comparisons, dict[str, Any]]:
-    """Returns comparisons of new samples, for training and for validation, and facts about the labels."""
+    """Returns comparisons of new samples, for training and for validation, and facts about the labels.
+
+    Args:
+        job: The job of the run.
+        policies: The policies to sample from.
+        stage: Name of the stage for the progress bar.
+    """
     world = job.task.world
     assert world is not None
     settings, prompts = job.settings.comparisons, world.compare_prompts

@@ -31,12 +31,21 @@ class Job(engine.Engine):
     base: Params | None
     """Parameters of --model; None if the base model is trained from scratch."""
     sampler: policy_sampling.Sampler
-    supervised_step: parallel.JitStep
-    reward_step: parallel.JitStep
     supervised_tx: optax.GradientTransformation
     """Optimiser of pretraining, SFT and reward models."""
     ppo_tx: optax.GradientTransformation
     """Optimiser of RL."""
+
+    @functools.cached_property
+    def supervised_step(self) -> parallel.JitStep:
+        """The compiled step of pretraining and SFT."""
+        train_step = sft.make_train_step(partial(lm.token_logprobs, cfg=self.cfg))
+        return parallel.jit_step(train_step, mesh=self.mesh)
+
+    @functools.cached_property
+    def reward_step(self) -> parallel.JitStep:
+        """The compiled step of reward models."""
+        return parallel.jit_step(reward_model.make_train_step(partial(lm.score, cfg=self.cfg)), mesh=self.mesh)
 
     @functools.cached_property
     def ppo_step(self) -> parallel.JitStep:
@@ -108,7 +117,6 @@ def make_job(
     models = ppo_models.from_config(cfg, spec, prompt_width=task.prompt_width)
     if not settings.ppo.correct_sampler:
         generation.check_on_policy(_rollout_sampling(spec, settings))
-    token_logprobs = partial(lm.token_logprobs, cfg=cfg)
     job = Job(
         settings=settings,
         task=task,
@@ -119,8 +127,6 @@ def make_job(
         progress=progress,
         base=None if model is None else model.params,
         sampler=policy_sampling.Sampler(models, task=task, temperature=settings.ppo.temperature, mesh=mesh),
-        supervised_step=parallel.jit_step(sft.make_train_step(token_logprobs), mesh=mesh),
-        reward_step=parallel.jit_step(reward_model.make_train_step(partial(lm.score, cfg=cfg)), mesh=mesh),
         # To change an optimiser, edit recipe/optimiser_choice.py.
         supervised_tx=optimiser_choice.supervised(),
         ppo_tx=optimiser_choice.ppo(settings.ppo),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import copy
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -88,6 +89,12 @@ class Sampler:
         compiled = partial(parallel.JitStep, donate_argnums=(), mesh=mesh)
         self._run, self._measure = (compiled(run, batch_args=(3, 4, 5), replicated_args=(6,)) for _ in range(2))
         self._score = compiled(score, batch_args=(1, 2), replicated_args=())
+
+    def with_task(self, task: tasks.Task) -> Sampler:
+        """Returns a sampler for the prompts of another task with the same widths, which shares the programs."""
+        other = copy.copy(self)
+        other._task = task
+        return other
 
     def compile_ahead(self, executor: concurrent.futures.Executor, policy: Any, reward: Any) -> None:
         """Compiles the programs for these parameters in a thread of ``executor``."""

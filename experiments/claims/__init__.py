@@ -1,0 +1,1 @@
+"""Published claims, each run at a small scale and decided by an interval."""

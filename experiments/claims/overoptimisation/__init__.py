@@ -1,0 +1,1 @@
+"""Claims about the over-optimisation of reward models."""
