@@ -63,3 +63,35 @@ stage dpo dpo.py --model "$out/sft" --data.path "$out/train.jsonl" "${compute[@]
     python experiments/evaluate.py --policies "$out/sft" "$out/ppo" "$out/dpo" --prompts "$out/test.jsonl" \
         --reward-model "$out/judge" --out "$out/evaluation" "${compute[@]}" "${sampling[@]}"
 }
+
+# The table of all stages.
+python - "$out" <<'END'
+import json, pathlib, sys
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+out = pathlib.Path(sys.argv[1])
+results = {path.parent.name: json.loads(path.read_text()) for path in out.glob("*/results.json")}
+policies, table = results["evaluation"]["policies"], Table(box=box.SIMPLE_HEAD)
+
+
+def text(interval, percent=False):
+    if interval is None or interval[0] is None:
+        return "–"
+    mean, low, high = (100 * x if percent else x for x in interval)
+    return f"{mean:.1f} ({low:.1f}–{high:.1f})"
+
+
+names = ("", "minutes", "tokens/s", "held-out accuracy, %", "wins over sft by judge, %", "KL, nats", "length")
+for name in names:
+    table.add_column(name, overflow="fold")
+for name in ("sft", "reward_model", "judge", "ppo", "dpo"):
+    run, policy = results[name], policies.get(name, {})
+    speed = run["tokens_per_second"]
+    accuracy = run.get("reward_model", {}).get("accuracy", run.get("implicit_accuracy"))
+    numbers = [text(accuracy, percent=True), text(policy.get("win_rate"), percent=True)]
+    numbers += [text(policy.get("kl")), text(policy.get("length"))]
+    table.add_row(name, f"{run['seconds'] / 60:.1f}", "–" if speed is None else f"{speed:,.0f}", *numbers)
+Console(width=110).print(table)
+END

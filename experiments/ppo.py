@@ -36,6 +36,7 @@ import contextlib
 import dataclasses
 import math
 import pathlib
+import time
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -246,11 +247,23 @@ def _train(
         )
         callbacks.append(show)
     step = parallel.jit_step(ppo.make_train_step(models, **rl_methods.train_step_options(method)), mesh=mesh)
-    state = _fit(job, stage, step, new_state, method, limit, train, inputs.ptx, frozen=frozen, callbacks=callbacks)
-    params = start.merge(inputs.reference, state.ema)
+    with job.checkpoints(stage) as checkpoints:
+        saved = checkpoints.latest() or 0
+    began = time.perf_counter()
+    state = _fit(
+        job, stage, step, new_state, method, limit, train, inputs.ptx, saved=saved, frozen=frozen, callbacks=callbacks
+    )
+    params = start.merge(inputs.reference, jax.block_until_ready(state.ema))
     del state
-    iterations = len(job.log.rows(stage))
-    results: dict[str, Any] = {"iterations": iterations, "prompts": {"training": len(train), "held_out": len(held_out)}}
+    rows, seconds = job.log.rows(stage), time.perf_counter() - began
+    results: dict[str, Any] = {
+        "iterations": len(rows),
+        "prompts": {"training": len(train), "held_out": len(held_out)},
+        # Sampled tokens, but the seconds include scoring and the updates.
+        "tokens_per_second": method.batch * sum(row["length"] for row in rows[saved:]) / seconds
+        if len(rows) > saved
+        else None,
+    }
     results["alarms"] = [
         {"stage": stage, "step": alarm.step, "name": alarm.name, "message": alarm.message} for alarm in watch.alarms
     ]
@@ -305,9 +318,11 @@ def _fit(
     limit: _KLLimit,
     prompts: policy_data.Prompts,
     ptx: types.TokenBatch | None,
+    *,
+    saved: int,
     **options: Any,
 ) -> ppo.PPOState:
-    """Trains until the last iteration or the KL limit, and returns the state."""
+    """Trains until the last iteration or the KL limit. ``saved`` iterations have a checkpoint. Returns the state."""
     key, n_text = (
         job.key(stage),
         method.epochs * method.minibatches * round(method.batch // method.minibatches * method.ptx_ratio),
@@ -326,8 +341,6 @@ def _fit(
         with job.checkpoints(stage) as checkpoints:
             return checkpoints.restore(new_state())[1]
 
-    with job.checkpoints(stage) as checkpoints:
-        saved = checkpoints.latest() or 0
     if any(limit.exceeded(row) for row in job.log.rows(stage) if row["step"] <= saved):  # ended before the resume
         limit.reached = True
         job.progress.skip(stage)

@@ -114,7 +114,7 @@ def table(results: dict[str, Any]) -> list[tuple[str, Any]]:
         rows.insert(2, ("change of the reward", results["reward_change"]))
         rows.insert(3, ("win rate of after against before", after["win_rate"]))
         rows.insert(4, ("KL from the reference after, nats per answer", after["kl"]))
-    return [*rows, ("iterations", results["iterations"])]
+    return [*rows, ("iterations", results["iterations"]), ("sampled tokens per second", results["tokens_per_second"])]
 
 
 def texts(scorer: Scorer, rollout: types.Rollout) -> list[str]:

@@ -57,7 +57,8 @@ def test_the_script_takes_a_small_model_through_all_stages(tmp_path):
                 file.write(json.dumps({"chosen": f"{start}I like {b}.", "rejected": f"{start}No."}) + "\n")
     run_script("tiny", path, tmp_path / "run", QUICK="1")
     check(tmp_path / "run")
-    assert run_script("tiny", path, tmp_path / "run", QUICK="1") == "", "finished commands are skipped"
+    again = run_script("tiny", path, tmp_path / "run", QUICK="1")
+    assert "wins over" in again and "step" not in again, "finished commands are skipped"
 
 
 @pytest.mark.slow
