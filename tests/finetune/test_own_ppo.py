@@ -12,7 +12,7 @@ import numpy as np
 import ppo
 import pytest
 import word_models
-from finetune import policy_data, policy_functions, policy_rewards, policy_settings
+from finetune import policy_data, policy_rewards, policy_settings, reward_functions
 from launch import initial_model, process_setup, run_folder
 from launch.run_settings import SettingError
 
@@ -231,7 +231,7 @@ def test_equal_prompts_are_kept_with_the_columns_of_each(files, tmp_path):
     spec = generation.Sampling(max_new_tokens=4, stop_ids=model.fmt.stop_ids)
     inputs = keys, found.tokens_BP, found.mask_BP
     rollout = generation.generate(model.params, *inputs, cfg=model.cfg, sampling=spec)
-    function = policy_functions.RewardFunction(f"{files['functions']}:number")
+    function = reward_functions.RewardFunction(f"{files['functions']}:number")
     rewards = policy_rewards.Rewards({}, {"number": function}, {"number": 1.0})
     scores = policy_rewards.Scorer(rewards, model.fmt, found, None).measure({"parts": {}}, rollout, size=4)
     np.testing.assert_array_equal(scores["reward"], [1, 1, 2, 4, 5, 6])
@@ -263,9 +263,9 @@ def test_errors_of_reward_functions_name_the_line(files, tmp_path):
         ppo.run(settings(files, tmp_path / "c", reward="missing"))
     assert not (tmp_path / "c").exists()
     with pytest.raises(SettingError, match="must have the form module:function"):
-        policy_functions.RewardFunction("count")
+        reward_functions.RewardFunction("count")
     with pytest.raises(SettingError, match="cannot import nowhere"):
-        policy_functions.RewardFunction("nowhere:count")
+        reward_functions.RewardFunction("nowhere:count")
 
 
 @pytest.mark.slow
