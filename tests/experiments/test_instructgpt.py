@@ -37,7 +37,7 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "XLA
 ENVIRONMENT |= {"JAX_PLATFORMS": "cpu", "COLUMNS": "120"}
 # Runs share compiled programs to save time.
 COMPILED = tempfile.TemporaryDirectory(prefix="rlhf-jax-compiled-")
-ENVIRONMENT |= {"JAX_COMPILATION_CACHE_DIR": COMPILED.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+ENVIRONMENT |= {"JAX_COMPILATION_CACHE_DIR": COMPILED.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 ENVIRONMENT |= {"JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
 
 

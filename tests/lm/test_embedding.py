@@ -2,6 +2,7 @@
 # pyright: reportArgumentType=false
 
 import dataclasses
+import functools
 from functools import partial
 
 import jax
@@ -25,28 +26,38 @@ def config(kind="untied", **fields):
     return lm.LMConfig(vocab_size=V, n_layers=2, d_model=8, n_heads=2, d_mlp=16, max_length=16, **KINDS[kind], **fields)
 
 
+@functools.cache
+def initial(cfg):
+    return jax.jit(partial(lm.init, cfg=cfg))(jax.random.key(0))
+
+
 def rows(seed=0):
     return np.random.default_rng(seed).integers(0, V, (3, L)).astype(np.int32)
+
+
+@partial(jax.jit, static_argnames="cfg")
+def outputs(params, tokens, *, cfg):
+    return lm.token_logprobs(params, tokens, cfg=cfg), lm.forward(params, tokens, cfg=cfg).hidden_BLD
 
 
 @pytest.mark.parametrize("wrong", [V, 5000, -1, -V, 2**31 - 1, -(2**31)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_id_outside_the_vocabulary_makes_its_row_nan_and_no_other(kind, wrong):
     cfg = config(kind)
-    params, tokens = lm.init(jax.random.key(0), cfg), rows()
+    params, tokens = initial(cfg), rows()
     tokens[1, 2] = wrong
-    for fn in (lm.token_logprobs, lambda *args, cfg: lm.forward(*args, cfg=cfg).hidden_BLD):
-        got = np.asarray(jax.jit(partial(fn, cfg=cfg))(params, tokens), np.float32)
+    for got in outputs(params, tokens, cfg=cfg):
+        got = np.asarray(got, np.float32)
         assert np.isnan(got[1, 2:]).all() and np.isfinite(got[[0, 2]]).all()
 
 
 def test_a_wrong_id_that_is_only_a_target_is_nan():
     cfg = config()
-    params, tokens = lm.init(jax.random.key(0), cfg), rows()
+    params, tokens = initial(cfg), rows()
     tokens[:, -1] = (V, -1, 3)
     tokens_BL, mask_BL = jnp.asarray(tokens), jnp.broadcast_to(jnp.arange(L) > 0, tokens.shape)
     for masks in ({}, {"mask_BL": mask_BL}, {"prompt_width": 3}):
-        stats = lm.token_stats(params, tokens_BL, cfg=cfg, **masks)
+        stats = jax.jit(partial(lm.token_stats, cfg=cfg, **masks))(params, tokens_BL)
         assert np.isnan(np.asarray(stats.logprobs)[:, -1]).tolist() == [True, True, False]
 
 
@@ -59,36 +70,39 @@ def test_probabilities_of_listed_ids(wrong):
     np.testing.assert_allclose(listed[0, 0], jax.nn.log_softmax(logits)[0, 3], rtol=1e-6)
 
 
+@partial(jax.jit, static_argnames="cfg")
+def gradient(params, tokens, mask, *, cfg):
+    return jax.grad(lambda p: lm.token_logprobs(p, tokens, cfg=cfg, mask_BL=mask).sum())(params)
+
+
 @pytest.mark.parametrize("padding", [-1, -100, V, 0])
 def test_padding_may_have_any_id_also_for_gradients(padding):
     cfg = config("tied")
-    params, tokens = lm.init(jax.random.key(0), cfg), rows()
+    params, tokens = initial(cfg), rows()
     mask = np.arange(L) >= np.array([2, 0, 3])[:, None]
-
-    def loss(params, tokens):
-        return lm.token_logprobs(params, tokens, cfg=cfg, mask_BL=mask).sum()
-
-    got, wanted = (jax.grad(loss)(params, np.where(mask, tokens, pad)) for pad in (padding, 5))
+    got, wanted = (gradient(params, np.where(mask, tokens, pad), mask, cfg=cfg) for pad in (padding, 5))
     jax.tree.map(np.testing.assert_array_equal, got, wanted)
 
 
 def test_the_gradient_of_the_embedding_counts_each_id():
     cfg = config("untied", embed_scale=True)
-    params, tokens = lm.init(jax.random.key(0), cfg), rows()
+    params, tokens = initial(cfg), rows()
 
+    @jax.jit
     def total(table):
         return lm.forward({**params, "embed": {"tokens": table}}, tokens, cfg=cfg).hidden_BLD.sum()
 
-    got, step = jax.grad(total)(params["embed"]["tokens"]), 1e-2
+    got, step = jax.jit(jax.grad(total))(params["embed"]["tokens"]), 1e-2
     for i in range(V):
-        bump = jnp.zeros((V, 8)).at[i, 3].set(step)
+        bump = np.zeros((V, 8), np.float32)
+        bump[i, 3] = step
         numeric = (total(params["embed"]["tokens"] + bump) - total(params["embed"]["tokens"] - bump)) / (2 * step)
         np.testing.assert_allclose(got[i, 3], numeric, atol=2e-2)
 
 
 def test_ids_on_the_host_are_refused_with_their_place():
     cfg = config()
-    params, tokens = lm.init(jax.random.key(0), cfg), rows()
+    params, tokens = initial(cfg), rows()
     tokens[2, 4] = V
     with pytest.raises(ValueError, match=r"tokens_BL contain the id 11 at \[2, 4\], but the model has 11 ids, 0 to 10"):
         lm.forward(params, tokens, cfg=cfg)
@@ -100,7 +114,7 @@ def test_ids_on_the_host_are_refused_with_their_place():
 
 def test_samplers_refuse_ids_outside_the_vocabulary():
     cfg, spec = config(), generation.Sampling(max_new_tokens=3, stop_ids=(1,))
-    params = lm.init(jax.random.key(0), cfg)
+    params = initial(cfg)
     sampler = generation.RaggedSampler(cfg, spec, widths=(4,), slots=1)
     with pytest.raises(ValueError, match=r"the ids of prompt 1 contain the id 11 at \[0\]"):
         sampler(params, jax.random.key(0), [[3], [V, 2]])
@@ -120,7 +134,7 @@ def test_samplers_refuse_ids_outside_the_vocabulary():
 @pytest.mark.parametrize("size", [1, 7, V, 12, 40])
 def test_resize_keeps_the_rows_and_fills_with_the_mean(kind, size, head):
     cfg = config(kind)
-    params = lm.init(jax.random.key(0), cfg)
+    params = initial(cfg)
     params = lm.with_head(jax.random.key(1), params, cfg) if head else params
     got, resized = lm.resize(params, cfg, size)
     assert resized == dataclasses.replace(cfg, vocab_size=size)
@@ -141,7 +155,7 @@ def test_resize_keeps_the_rows_and_fills_with_the_mean(kind, size, head):
 
 def test_a_resized_model_computes_the_same_logits_for_the_old_ids():
     cfg = config("gpt2")
-    params, tokens = lm.init(jax.random.key(0), cfg), rows()
+    params, tokens = initial(cfg), rows()
     grown, larger = lm.resize(params, cfg, V + 4)
 
     def logits(params, cfg):
@@ -157,7 +171,7 @@ def test_a_resized_model_computes_the_same_logits_for_the_old_ids():
 
 def test_resize_keeps_leading_axes_and_dtype():
     cfg = config()
-    stacked = jax.vmap(lambda key: lm.init(key, cfg))(jax.random.split(jax.random.key(0), 3))
+    stacked = jax.jit(jax.vmap(partial(lm.init, cfg=cfg)))(jax.random.split(jax.random.key(0), 3))
     many, _ = lm.resize(stacked, cfg, 13)
     for i in range(3):
         one, _ = lm.resize(jax.tree.map(lambda x, i=i: x[i], stacked), cfg, 13)

@@ -53,7 +53,7 @@ def methods():
 def own_ppo():
     row = {name: WIDE for name in ("reward", "reward_my_long_reward_function", "kl", "length")} | {"stopped": RATE}
     policies = {"initial_policy": row, "trained_policy": row | {"win_rate": RATE}}
-    return {"policies": policies, "reward_change": WIDE, "iterations": 30}
+    return {"policies": policies, "reward_change": WIDE, "iterations": 30, "tokens_per_second": 12345.6}
 
 
 def own_dpo():
