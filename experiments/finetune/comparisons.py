@@ -105,7 +105,7 @@ def load(settings: Any, mesh: Any, counts: errors.DropCount) -> tuple[initial_mo
         _encode(model.fmt, part, group_B, widths, answers, counts, path=data.path)
         for part, group_B in zip(parts, groups)
     ]
-    return model, Data(*encoded, *widths, tuple(notes))  # pyright: ignore[reportCallIssue]
+    return model, Data(encoded[0], encoded[1], *widths, tuple(notes))
 
 
 def _encode(

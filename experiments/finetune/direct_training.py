@@ -100,7 +100,7 @@ def _train(
         pad_id=model.fmt.pad_id,
         cost=_packed_cost(model, data),
     )
-    hyper: Any = direct_alignment.hyperparameters(settings, learning_rate=0.0)  # pyright: ignore[reportArgumentType]
+    hyper: Any = direct_alignment.hyperparameters(settings, learning_rate=0.0)
 
     def make_train_step(**options: Any) -> Any:
         objective = direct_alignment.LOSSES[settings.loss].objective
