@@ -91,5 +91,5 @@ def _section(folder: pathlib.Path, each: dict[str, Any]) -> str:
 <table><tr><th>statistic<th>value (95 % interval)<th>verdict</tr>{parts}</table>
 <p>{html.escape(each["differs"])}</p>
 <p><small>Seeds {seeds}; {each["n_prompts"]} held-out prompts per seed; {each["seconds"] / 60:.1f} minutes of one core,
-and {each["stages_seconds"] / 60:.1f} for shared stages; {each["date"]}, commit {each["commit"]}.</small></p>
+and {each["shared_seconds"] / 60:.1f} for shared stages; {each["date"]}, commit {each["commit"]}.</small></p>
 """
