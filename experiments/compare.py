@@ -145,7 +145,6 @@ if __name__ == "__main__":
     command_line.answer_help(parse)
     process_setup.use_huge_pages()
 
-import time
 
 import jax
 import numpy as np
@@ -215,7 +214,7 @@ def run(settings: Compare) -> dict[str, Any]:
         "sft_gold": sft,
         "held_out_prompts": len(start[0].kl_B),
         "best_of_n": best_of_n,
-        "seconds": time.time() - process_setup.START_TIME,
+        "seconds": folder.elapsed.total,
     }
     results = run_folder.finite(results)
     note = caption(results, seeds=settings.seeds)

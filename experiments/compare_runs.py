@@ -55,6 +55,8 @@ from rich.console import Console
 from rich.markup import escape
 from sweeps import frontier_plot, run_comparison
 
+from rlhf_jax.report import results as results_lib
+
 _INTERVALS = (
     "Intervals are 95 % intervals. Those of a single run are its own and cover the held-out data only; those of "
     "several runs are Student's t intervals over the runs. Curves of several runs have only the steps that all runs "
@@ -96,6 +98,14 @@ def _notes(
     notes = [f"{each.label}: {', '.join(f'{run.path} (seed {run.seed})' for run in each.runs)}" for each in groups]
     for each in (run for group in groups for run in group.runs if run.results is None):
         notes.append(f"{each.path} has no results.json, so it is not finished: its curves are shown, but no results")
+    for each in (run for group in groups for run in group.runs if run.results is not None):
+        found = each.results or {}
+        clusters = {name.removeprefix("clusters."): n for name, n in found.items() if name.startswith("clusters.")}
+        clusters |= {
+            "evaluation": found.get("held_out.asked"),
+            "reward model": found.get("reward_model.held_out_asked"),
+        }
+        notes += [f"{each.path}: {text}" for text in results_lib.rough_intervals({"clusters": clusters})]
     settings = [set(group.runs[0].settings) for group in groups]
     if partial := len(set.union(*settings) - set.intersection(*settings)):
         notes.append(f"settings that only some of the groups have are left out ({partial})")

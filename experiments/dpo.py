@@ -31,7 +31,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 from finetune import preference_settings
-from launch import command_line, process_setup
+from launch import command_line, process_setup, setting_checks
 from launch import settings as settings_lib
 from launch.setting_checks import require
 from preferences import direct_settings
@@ -129,7 +129,6 @@ if __name__ == "__main__":
     command_line.answer_help(parse)
     process_setup.use_huge_pages()
 
-import time
 
 import numpy as np
 from finetune import direct_training
@@ -140,6 +139,7 @@ from recipe import comparison_data, evaluation, jobs, precompile, reward_diagnos
 from rich.console import Console
 
 from rlhf_jax import lm, metrics, report
+from rlhf_jax.data import errors
 from rlhf_jax.report import console
 from rlhf_jax.report import results as results_lib
 
@@ -193,24 +193,23 @@ def run(settings: Any) -> dict[str, Any]:
         **training_facts,
         **evaluated,
     }
-    results = run_folder.finite(results) | {"seconds": time.time() - process_setup.START_TIME}
+    results = run_folder.finite(results) | {"seconds": folder.elapsed.total}
     lm.save(folder.path / "policy", job.cfg, policy, tokenizer=job.task.tokenizer)
     report.write_report(
         folder.path / "report.html",
         results,
         metrics.read(folder.path),
         title=f"{results_lib.label(settings.loss)} from an SFT model",
-        settings=dataclasses.asdict(settings),
+        settings=setting_checks.by_flag(settings),
     )
     folder.write_json(run_folder.RESULTS, results)
     out.print(console.results_table(results))
     for name, used in results["training_data"].items():
-        numbers = ", ".join(f"{n} {noun.replace('_', ' ')}" for noun, n in used.items())
+        numbers = ", ".join(errors.counted(n, noun.replace("_", " ")) for noun, n in used.items())
         run_setup.print_line(out, f"{results_lib.label(name)} was trained on {numbers}")
-    mean, low, high = (100 * x for x in implicit)
-    run_setup.print_line(
-        out, f"the implicit reward agrees with the labels of {mean:.1f} % of held-out pairs ({low:.1f} to {high:.1f})"
-    )
+    mean, bounds = results_lib.format_parts(implicit, percent=True)
+    interval = f" ({bounds})" if bounds else ""
+    run_setup.print_line(out, f"the implicit reward agrees with the labels of {mean} % of held-out pairs{interval}")
     run_setup.print_line(out, f"report: {folder.path / 'report.html'}   results: {folder.path / run_folder.RESULTS}")
     return results
 

@@ -152,7 +152,6 @@ if __name__ == "__main__":
     process_setup.use_huge_pages()
 
 import pathlib
-import time
 from functools import partial
 
 from launch import entry_point, run_folder
@@ -194,7 +193,7 @@ def run(settings: StudySettings) -> dict[str, Any]:
         title = "bandit: expected reward and KL of each coefficient"
         show("bandit", title, xlabel="Bandit: √KL (exact), nats", ylabel="Expected reward (exact)")
     folder.log.close()
-    results = run_folder.finite(results | {"seconds": time.time() - process_setup.START_TIME})
+    results = run_folder.finite(results | {"seconds": folder.elapsed.total})
     note = (
         "Each line connects the coefficients of a method. Points are means over seeds, with 95 % intervals. Hollow "
         "markers show shifted pairs."

@@ -20,7 +20,7 @@ import dataclasses
 from typing import Any
 
 from finetune import sampling_settings
-from launch import command_line, process_setup
+from launch import command_line, process_setup, setting_checks
 from launch.run_settings import SettingError
 from launch.setting_checks import require
 
@@ -96,7 +96,6 @@ from finetune import answers, reward_functions
 from judging import compared_policies, judges
 from launch import device_mesh, entry_point, initial_model, run_folder
 from recipe import run_setup
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -114,7 +113,7 @@ def run(settings: EvaluateSettings) -> dict[str, Any]:
     resolved = device_mesh.resolve(settings)
     mesh = device_mesh.make(resolved)
     path = run_folder.free_folder(settings.out, kind="evaluate")
-    counts = errors.DropCount(max_dropped=settings.max_dropped)
+    counts = errors.DropCount(max_dropped=settings.max_dropped, flag="--max-dropped")
     loaded = [reward_functions.load(text) for text in settings.reward]
     functions = dict(zip(compared_policies.names(settings.reward), loaded))
     for flag, paths, kind in (
@@ -123,7 +122,7 @@ def run(settings: EvaluateSettings) -> dict[str, Any]:
         ("--reward-model", settings.reward_model, initial_model.REWARD_MODEL),
     ):
         for each in paths:
-            initial_model.check_exists(each, kind=kind, flag=flag)
+            initial_model.check(each, kind=kind, flag=flag)
     names = compared_policies.names(settings.samples or settings.policies)
     sampled = settings.prompts is not None
     if sampled:
@@ -218,10 +217,14 @@ def run(settings: EvaluateSettings) -> dict[str, Any]:
         }
     )
     report.write_report(
-        path / "report.html", results, [], title="Comparison of policies", settings=dataclasses.asdict(settings)
+        path / "report.html", results, [], title="Comparison of policies", settings=setting_checks.by_flag(settings)
     )
     run_folder.write_json(path / run_folder.RESULTS, results)
+    for text in results_lib.headlines(results):
+        run_setup.print_line(out, text)
     out.print(results_table(results))
+    for text in results_lib.rough_intervals(results):
+        run_setup.print_line(out, text)
     run_setup.print_line(out, f"data: {counts.report()}")
     run_setup.print_line(out, f"report: {path / 'report.html'}   results: {path / run_folder.RESULTS}")
     return results
@@ -249,7 +252,8 @@ def measure_all(
     if not rows:
         raise errors.DataError("no prompt is left: the judges cannot score any")
     if len(rows) < len(usable_N):  # pyright: ignore[reportArgumentType]
-        note(f"{len(usable_N) - len(rows)} prompts are left out, because a judge cannot score their answers")  # pyright: ignore[reportArgumentType]
+        left = errors.counted(len(usable_N) - len(rows), "prompts")  # pyright: ignore[reportArgumentType]
+        note(f"leaving out {left} with answers that a judge cannot score")
     n = len(policies[0].lines[0])
     used = [given.at(rows, n) for given in policies]
     asked = judges.clusters(used, note=note)
@@ -266,6 +270,7 @@ def measure_all(
         "baseline": used[0].name,
         "judges": list(scores),
         "held_out": {"prompts": len(rows)},
+        "clusters": {"comparison": len(set(asked))},
         "samples": n,
         "policies": {given.name: row for given, row in zip(used, table)},
     }
@@ -292,11 +297,7 @@ def transcripts(
 def results_table(results: dict[str, Any]) -> Table:
     """Returns a table with one column per policy and one row per number, with 95 % intervals."""
     names = list(results["policies"])
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False, title=results_lib.headline(results))
-    table.title_justify = "left"
-    table.add_column("")
-    for name in names:
-        table.add_column(escape(name), justify="right")
+    table = console.NumbersTable("", *map(escape, names))
 
     def add(title: str, key: str, *, percent: bool = False, judge: str | None = None, digits: int = 3) -> None:
         rows = [results["policies"][name] for name in names]
@@ -307,7 +308,7 @@ def results_table(results: dict[str, Any]) -> Table:
 
     for judge in results["judges"]:
         add(f"score, {judge}", "score", judge=judge)
-        add("  wins against the baseline, %", "win_rate", percent=True, judge=judge)
+        add("  wins vs baseline, %", "win_rate", percent=True, judge=judge)
         add("  wins at equal length, %", "length_controlled_win_rate", percent=True, judge=judge)
     add("KL, nats per answer", "kl")
     add("length, tokens", "length", digits=1)

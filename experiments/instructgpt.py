@@ -32,7 +32,7 @@ import dataclasses
 import re
 from typing import Literal
 
-from launch import command_line, process_setup
+from launch import command_line, process_setup, setting_checks
 from launch.settings import Settings
 
 
@@ -55,7 +55,6 @@ if __name__ == "__main__":
     command_line.answer_help(parse)
     process_setup.use_huge_pages()
 
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -118,7 +117,7 @@ def run(settings: RecipeSettings) -> dict:
             )
     results = {
         **({} if stop is None else {"stopped_after": stop}),
-        "seconds": time.time() - process_setup.START_TIME,
+        "seconds": folder.elapsed.total,
         "peak_rss_mb": process_setup.peak_memory_mb(),
         "seed": settings.seed,
         "preset": settings.preset,
@@ -147,7 +146,7 @@ def run(settings: RecipeSettings) -> dict:
         results,
         metrics.read(folder.path),
         title="From a base model to PPO-ptx",
-        settings=dataclasses.asdict(settings),
+        settings=setting_checks.by_flag(settings),
     )
     folder.write_json(run_folder.RESULTS, results)
     if stop is None:

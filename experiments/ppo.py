@@ -70,7 +70,7 @@ def run(settings: PPOSettings) -> dict[str, Any]:
     out = Console()
     if finished := outcome.show_finished(settings, out, policy_samples.table):
         return finished
-    counts = errors.DropCount(max_dropped=settings.max_dropped)
+    counts = errors.DropCount(max_dropped=settings.max_dropped, flag="--max-dropped")
     stage = "ppo" if settings.ptx is None else "ppo_ptx"
     prepare = partial(_prepare, counts=counts)
     with run_setup.open_folder(settings, out, stages=[(stage, 100.0), ("evaluate", 5.0)], prepare=prepare) as opened:
@@ -88,12 +88,20 @@ def run(settings: PPOSettings) -> dict[str, Any]:
 
 
 def _prepare(resolved: PPOSettings, mesh: Any, *, counts: errors.DropCount) -> tuple[PPOSettings, Inputs]:
-    """Loads and checks all inputs."""
+    """Loads and checks all inputs; what can be checked without loading a model is checked first."""
+    functions = policy_rewards.find_functions(resolved)
+    language, reward = initial_model.LANGUAGE_MODEL, initial_model.REWARD_MODEL
+    given = [("--policy", resolved.policy, language), ("--reference", resolved.reference, language)]
+    given += [("--reward-model", each, reward) for each in resolved.reward_model]
+    given += [] if resolved.critic in (NEW_HEAD, ZERO_HEAD) else [("--critic", resolved.critic, reward)]
+    for flag, path, kind in given:
+        if path is not None:
+            initial_model.check(path, kind=kind, flag=flag)
     load: Any = partial(initial_model.load, mesh=mesh)
     policy = load(resolved.policy, flag="--policy", template=resolved.template)
     policy = dataclasses.replace(policy, cfg=initial_model.with_compute(policy.cfg, resolved.compute))
     compatible = partial(policy_rewards.load_compatible, policy=policy, mesh=mesh, compute=resolved.compute)
-    found = policy_rewards.load(resolved, policy, mesh)
+    found = policy_rewards.load(resolved, functions, policy, mesh)
     critic = None
     if rl_methods.has_critic(policy_settings.method(resolved)):
         if resolved.critic is None:
@@ -337,7 +345,9 @@ def _fit(
     except loop.Alarmed as alarmed:
         if not limit.reached:
             raise
-        job.note(stage, f"ended after {alarmed.step} of {method.iterations} iterations: {alarmed.reason}")
+        job.note(
+            stage, f"ended after {alarmed.step} of {errors.counted(method.iterations, 'iterations')}: {alarmed.reason}"
+        )
         job.progress.finish(stage)
         return newest_state()
 

@@ -82,18 +82,17 @@ if __name__ == "__main__":
     process_setup.use_huge_pages()
 
 import pathlib
-import time
 
 import numpy as np
 from finetune import reward_training
-from launch import entry_point, run_folder
+from launch import elapsed_time, entry_point, run_folder
 from preferences import cross_validation, cross_validation_results, reward_baselines, reward_run
 from recipe import human_comparisons, run_setup
 from rich.console import Console
 from rich.table import Table
 
 from rlhf_jax.data import errors
-from rlhf_jax.report import console
+from rlhf_jax.report import results as results_lib
 
 
 def run(settings: Any) -> dict[str, Any]:
@@ -108,12 +107,13 @@ def run(settings: Any) -> dict[str, Any]:
     path, results = (_cross_validate if settings.folds else reward_run.run)(settings, out)
     results |= {"seed": settings.seed, "preset": settings.preset}
     results["peak_rss_mb"] = process_setup.peak_memory_mb()
-    results["seconds"] = time.time() - process_setup.START_TIME
+    results["seconds"] = elapsed_time.ElapsedTime(path).total
     results = run_folder.finite(results)
     title, plotted, note = "A reward model", results, "All intervals are 95 % confidence intervals."
     if settings.folds:
         title, plotted = "A reward model, cross-validated", results["methods"]
         note = f"Each pair is scored by a model that was not trained on it. {note}"
+    note = " ".join([note, *_rough(results)])
     cross_validation_results.write_page(path / "report.html", title, plotted, _tables(results), note)
     run_folder.write_json(path / run_folder.RESULTS, results)
     _show(out, results)
@@ -129,7 +129,7 @@ def _cross_validate(settings: RewardSettings, out: Console) -> tuple[pathlib.Pat
         run_folder.lock(f"--resume {settings.resume}", pathlib.Path(settings.resume))
         run_folder.check_inputs_unchanged(settings.resume, settings)
     path = pathlib.Path(settings.resume) if settings.resume else run_folder.free_path(settings)
-    counts = errors.DropCount(max_dropped=settings.data.max_dropped)
+    counts = errors.DropCount(max_dropped=settings.data.max_dropped, flag="--data.max-dropped")
     rankings = human_comparisons.read(settings.data, counts)
     human_comparisons.check_roles(rankings)
     pairs = human_comparisons.pairs(rankings)
@@ -143,12 +143,14 @@ def _cross_validate(settings: RewardSettings, out: Console) -> tuple[pathlib.Pat
             f"--folds is {settings.folds}; it must be at most {n}, the number of conversations in {settings.data.path}"
         )
     folder = run_folder.resume(path, settings) if settings.resume else run_folder.create(path, settings)
-    run_setup.print_line(out, f"writing to {path}; data: {len(pairs)} pairs, {counts.report()}")
-    with console.StageProgress([(f"fold-{n}", 1.0) for n in range(1, settings.folds + 1)]) as progress:
+    run_setup.print_line(out, f"writing to {path}; data: {errors.counted(len(pairs), 'pairs')}, {counts.report()}")
+    weights = [(f"fold-{n}", 1.0) for n in range(1, settings.folds + 1)]
+    with run_setup.make_progress(weights, folder) as progress:
         folds = cross_validation.cross_validate(
             pairs, settings.cv, folds=settings.folds, seed=settings.seed, folder=folder, progress=progress
         )
     folder.log.close()
+    folder.elapsed.save()
     summary = cross_validation_results.summary(pairs, folds, seed=settings.seed)
     return path, {"dropped": counts.dropped, "incidents": folder.incidents(), **summary}
 
@@ -157,9 +159,18 @@ def _tables(results: dict[str, Any]) -> list[tuple[str, Table]]:
     return (cross_validation_results if "folds" in results else reward_run).titled_tables(results)
 
 
+def _rough(results: dict[str, Any]) -> list[str]:
+    """Returns sentences about intervals that are rough."""
+    groups = results["by_turn"] + results["by_length"] if "folds" in results else results["reward_model"]["groups"]
+    marked = any(map(results_lib.is_rough, groups))
+    return [*results_lib.rough_intervals(results), *([results_lib.ROUGH_NOTE] if marked else [])]
+
+
 def _show(out: Console, results: dict[str, Any]) -> None:
     for _, table in _tables(results):
         out.print(table)
+    for text in _rough(results):
+        run_setup.print_line(out, text)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
-from launch import command_line, process_setup
+from launch import command_line, process_setup, setting_checks
 from launch.setting_checks import require
 from launch.settings import Compute, SettingError
 
@@ -77,7 +77,6 @@ import numpy as np
 from judging import reward_scores
 from launch import entry_point, initial_model, run_folder
 from recipe import human_comparisons, reward_diagnosis, run_setup
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -120,7 +119,7 @@ def run(settings: RewardBenchSettings) -> dict[str, Any]:
     model = initial_model.load(settings.model, kind=initial_model.REWARD_MODEL)
     cfg = dataclasses.replace(model.cfg, dtype=settings.compute.dtype or model.cfg.dtype)
     max_length = min(settings.max_length or cfg.max_length, cfg.max_length)
-    counts = errors.DropCount(max_dropped=settings.data.max_dropped)
+    counts = errors.DropCount(max_dropped=settings.data.max_dropped, flag="--data.max-dropped")
     records = read(settings.data.path, counts=counts)
     with console.StageProgress([("tokenise", 1.0), ("score", 20.0)]) as progress:
         progress.start("tokenise", len(records))
@@ -154,6 +153,8 @@ def run(settings: RewardBenchSettings) -> dict[str, Any]:
     results = run_folder.finite(results)
     _write(path, settings, results, scored)
     out.print(accuracy_table(results["reward_model"]))
+    for text in results_lib.rough_intervals(results):
+        run_setup.print_line(out, text)
     run_setup.print_line(out, run_setup.describe_dtype(cfg))
     run_setup.print_line(out, f"data: {counts.report()}")
     run_setup.print_line(out, f"report: {path / 'report.html'}   results: {path / run_folder.RESULTS}")
@@ -236,6 +237,7 @@ def measure(scored: Scored, *, bins: int = 10) -> dict[str, Any]:
         "strict_accuracy": list(accuracy(outcomes == 1)),
         "mean_subset_accuracy": list(diagnostics.average([each.accuracy for each in subsets])),
         "pairs": len(chosen),
+        "held_out_asked": len(set(prompts)),
         "ties": int((chosen == rejected).sum()),
         "strata": {
             "subset": reward_diagnosis.strata_as_json(subsets),
@@ -256,12 +258,12 @@ def measure(scored: Scored, *, bins: int = 10) -> dict[str, Any]:
 
 def accuracy_table(model: dict[str, Any]) -> Table:
     """Returns a table of the accuracy on each subset and on all pairs."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
-    for name, side in (("subset", "left"), ("pairs", "right"), ("accuracy, %", "right"), ("95 % interval", "right")):
-        table.add_column(name, justify=side)  # type: ignore[arg-type]
+    table = console.NumbersTable("subset", "pairs", "accuracy, %", "95 % interval")
     subsets = model["strata"]["subset"]
     for each in subsets:
         name = "not given" if each["name"] is None else escape(each["name"])
+        if results_lib.is_rough(each):
+            name, table.caption = name + results_lib.ROUGH_MARK, results_lib.ROUGH_NOTE
         table.add_row(name, str(each["count"]), *results_lib.format_parts(each["accuracy"], percent=True))
     table.add_section()
     table.add_row("all pairs", str(model["pairs"]), *results_lib.format_parts(model["accuracy"], percent=True))
@@ -279,7 +281,7 @@ def _write(path: Any, settings: RewardBenchSettings, results: dict[str, Any], sc
     rows = [{"record": r.where, "subset": r.subset, "chosen": a, "rejected": b} for r, a, b in scores]
     atomic.replace_file(path / "scores.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
     report.write_report(
-        path / "report.html", results, [], title="Reward model evaluation", settings=dataclasses.asdict(settings)
+        path / "report.html", results, [], title="Reward model evaluation", settings=setting_checks.by_flag(settings)
     )
     run_folder.write_json(path / run_folder.RESULTS, results)
 

@@ -70,7 +70,8 @@ def run(settings: SampleSettings) -> list[dict[str, Any]]:
     out = Console()
     resolved = device_mesh.resolve(settings)
     mesh = device_mesh.make(resolved)
-    counts = errors.DropCount(max_dropped=settings.max_dropped)
+    counts = errors.DropCount(max_dropped=settings.max_dropped, flag="--max-dropped")
+    initial_model.check(settings.model)
     found = answers.read_prompts(settings, settings.prompts, counts)
     model = initial_model.load(settings.model, mesh=mesh, template=settings.template)
     initial_model.with_date(settings, model)
@@ -81,8 +82,8 @@ def run(settings: SampleSettings) -> list[dict[str, Any]]:
     )
     file = answers.SampleFile(settings.out, answers.identity(settings, model, settings.prompts))
     if file.lines:
-        run_setup.print_line(out, f"continuing {settings.out}, which has {len(file.lines)} answers")
-    run_setup.print_line(out, f"prompts: {len(prompts.ids)}; {counts.report()}")
+        run_setup.print_line(out, f"continuing {settings.out}, which has {errors.counted(len(file.lines), 'answers')}")
+    run_setup.print_line(out, f"data: {errors.counted(len(prompts.ids), 'prompts')}; {counts.report()}")
     run_setup.print_line(out, f"model: {model.path} ({cfg.model_type}); chat template: {model.fmt.origin}")
     run_setup.print_line(out, run_setup.describe_dtype(cfg))
     sampler = answers.sampler(settings, model, mesh)
@@ -101,7 +102,9 @@ def run(settings: SampleSettings) -> list[dict[str, Any]]:
     stopped = sum(line["stopped"] for line in lines) / len(lines)
     tokens = sum(line["tokens"] for line in lines) / len(lines)
     run_setup.print_line(
-        out, f"{len(lines)} answers, {tokens:.1f} tokens on average, {stopped:.1%} stopped: {settings.out}"
+        out,
+        f"{errors.counted(len(lines), 'answers')}, {tokens:.1f} tokens on average, {stopped:.1%} stopped: "
+        f"{settings.out}",
     )
     return lines
 

@@ -83,10 +83,12 @@ def run(settings: SFTSettings) -> dict[str, Any]:
     out = Console()
     if finished := outcome.show_finished(settings, out, _table):
         return finished
-    counts = errors.DropCount(max_dropped=settings.data.max_dropped)
+    counts = errors.DropCount(max_dropped=settings.data.max_dropped, flag="--data.max-dropped")
 
     def prepare(resolved: SFTSettings, mesh: Any) -> tuple[SFTSettings, Any]:
         key, data = jax.random.key(settings.seed), settings.data
+        if not initial_model.is_architecture(settings.model):
+            initial_model.check(settings.model)
         found, preferred = demonstrations.read(data.path, counts)
         if initial_model.is_architecture(settings.model):
             fmt = demonstrations.train_chat_format(found, data.vocab_size)
@@ -145,6 +147,7 @@ def run(settings: SFTSettings) -> dict[str, Any]:
         "steps": len(opened.folder.log.rows("sft")),
         "tokens_per_second": trained.tokens_per_second(per_step),
         "held_out_loss": losses,
+        "clusters": {"held-out loss": len(np.unique(human_comparisons.conversation_ids(held_out.records)))},
         "dropped": counts.dropped | counts.truncated,
     }
     outcome.save_model(opened.folder, cfg, params, fmt)

@@ -1,7 +1,7 @@
 """Runs PPO with several values of its settings and several seeds, and plots reward and gold utility against KL.
 
     python experiments/sweep.py                                    4 KL coefficients x 3 seeds on the built-in world
-    python experiments/sweep.py --over ppo.kl_coef=0,0.02,0.2 ppo.ptx_coef=0,1,4 --seeds 3
+    python experiments/sweep.py --over ppo.kl-coef=0,0.02,0.2 ppo.ptx-coef=0,1,4 --seeds 3
     python experiments/sweep.py --from-run runs/NAME --over ppo.clip=0.1,0.2,0.4    with the models of another run
     python experiments/sweep.py --ppo.method rloo --ppo.samples 4  another RL method
     python experiments/sweep.py --preset smoke                     all runs in about a minute, too short to learn much
@@ -34,7 +34,7 @@ class Sweep(Settings):
     command: ClassVar[str] = "sweep"
 
     over: tuple[str, ...] = ()
-    """Settings to vary and their values, such as ppo.kl_coef=0,0.02,0.2; all combinations are run. Any number that the
+    """Settings to vary and their values, such as ppo.kl-coef=0,0.02,0.2; all combinations are run. Any number that the
     compiled step takes as an input can be varied. If empty, the coefficient of the KL penalty (or, with grpo and
     dr-grpo, of the KL loss) is 0.01, 0.03, 0.1 and 0.3."""
     seeds: int = 3
@@ -80,7 +80,7 @@ def _unused(settings: Sweep) -> Iterator[tuple[Sequence[str], str]]:
     unread = ["best_of", "best_of_prompts", "skills", "transcripts"]
     unread += [] if "ptx_coef" in swept else ["pretraining_rows"]
     yield [f"evaluation.{name}" for name in unread], "in sweep.py, which only samples one answer to each prompt"
-    why = "in sweep.py, which trains without a pretraining loss; add ppo.ptx_coef to --over"
+    why = "in sweep.py, which trains without a pretraining loss; add ppo.ptx-coef to --over"
     yield from setting_checks.unused_ppo(_runs(settings), ptx="ptx_coef" in swept, why=why)
 
 
@@ -93,13 +93,14 @@ if __name__ == "__main__":
     process_setup.use_huge_pages()
 
 import pathlib
-import time
 
 import jax
 from launch import entry_point, run_folder
 from recipe import evaluation, jobs, precompile, run_setup
 from rich.console import Console
 from sweeps import frontier_plot, run_grid
+
+from rlhf_jax.data import errors
 
 
 def cells_of(settings: Sweep) -> list[run_grid.Cell]:
@@ -126,7 +127,7 @@ def run(settings: Sweep) -> dict[str, Any]:
         with precompile.in_background(job, {} if together else {cell.name: shared for cell in cells}):
             measured = _run_all(job, shared, cells, together=together)
     results = {
-        "seconds": time.time() - process_setup.START_TIME,
+        "seconds": folder.elapsed.total,
         "together": together,
         "traces": 1 if together else shared.ppo_step.traces,
         "points": [
@@ -149,8 +150,8 @@ def run(settings: Sweep) -> dict[str, Any]:
     out.print(frontier_plot.table(results["points"], swept=swept))
     run_setup.print_line(
         out,
-        f"Means over {settings.seeds} seeds ± half the width of their 95 % intervals. The win rate is by gold utility, "
-        "against the SFT model.",
+        f"Means over {errors.counted(settings.seeds, 'seeds')} ± half the width of their 95 % intervals. The win rate "
+        "is by gold utility, against the SFT model.",
     )
     run_setup.print_line(out, f"figure: {folder.path / 'sweep.html'}   results: {folder.path / 'sweep.json'}")
     return results

@@ -47,10 +47,11 @@ from collections.abc import Sequence
 
 from fault_injection import corruption, interruptions
 from launch import entry_point, run_folder
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+from rlhf_jax.report import console
 
 
 def run(settings: TortureSettings) -> dict[str, Any]:
@@ -125,10 +126,9 @@ def _shares(count: int, parts: int) -> list[int]:
 
 
 def _interruptions_table(reports: Sequence[interruptions.Report]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title="kills (SIGKILL) + stops (SIGTERM) in each phase of the run")
     phases = ("start", *interruptions.PHASES)
-    for name in ("stage", *phases, "resumed bit-identically", "runs compared", "failures", "seconds"):
-        table.add_column(name, justify="left" if name == "stage" else "right")
+    columns = ("stage", *phases, "resumed bit-identically", "runs compared", "failures", "seconds")
+    table = console.NumbersTable(*columns, title="kills (SIGKILL) + stops (SIGTERM) in each phase of the run")
     for r in reports:
         by_phase = [f"{r.kills[phase]} + {r.terms[phase]}" for phase in phases]
         resumed = f"{r.resumed} of {r.interruptions}"
@@ -137,9 +137,8 @@ def _interruptions_table(reports: Sequence[interruptions.Report]) -> Table:
 
 
 def _corruption_table(report: corruption.Report) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=f"corruption of the {report.files} files of a checkpoint")
-    for name in ("corruption", "reported, older restored", "harmless, newest restored", "failures"):
-        table.add_column(name, justify="left" if name == "corruption" else "right")
+    columns = ("corruption", "reported, older restored", "harmless, newest restored", "failures")
+    table = console.NumbersTable(*columns, title=f"corruption of the {report.files} files of a checkpoint")
     for kind, outcomes in report.outcomes.items():
         table.add_row(kind, *(str(outcomes[name]) for name in ("seen", "harmless", "wrong")))
     return table

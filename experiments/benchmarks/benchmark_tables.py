@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich import box
 from rich.table import Table
+
+from rlhf_jax.report import console
 
 COMPARISON_COLUMNS = ("row", "ours", "against", "theirs", "ratio", "required", "met")
 PROGRAM_COLUMNS = ("program", "median", "fastest", "slowest", "tok/s", "compile", "memory")
@@ -14,11 +15,7 @@ PROGRAM_COLUMNS = ("program", "median", "fastest", "slowest", "tok/s", "compile"
 
 def terminal_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """Returns a table for the terminal."""
-    table = Table(
-        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0, show_edge=False
-    )
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("row", "against", "program") else "right", no_wrap=True)
+    table = console.NumbersTable(*columns, title=title, title_style="bold")
     for row in rows:
         table.add_row(*row)
     return table

@@ -26,7 +26,7 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
     """Returns the table for the terminal, one row per statistic."""
     shown = Table(box=box.SIMPLE_HEAD)
     for name in ("id", "verdict", "statistic", "value (95 % interval)"):
-        shown.add_column(name)
+        shown.add_column(name, no_wrap=name in ("id", "value (95 % interval)"))
     for each in results:
         for number, part in enumerate(each["parts"]):
             first = [each["id"], each["verdict"]] if number == 0 else ["", ""]
@@ -91,5 +91,5 @@ def _section(folder: pathlib.Path, each: dict[str, Any]) -> str:
 <table><tr><th>statistic<th>value (95 % interval)<th>verdict</tr>{parts}</table>
 <p>{html.escape(each["differs"])}</p>
 <p><small>Seeds {seeds}; {each["n_prompts"]} held-out prompts per seed; {each["seconds"] / 60:.1f} minutes of one core,
-and {each["stages_seconds"] / 60:.1f} for shared stages; {each["date"]}, commit {each["commit"]}.</small></p>
+and {each["shared_seconds"] / 60:.1f} for shared stages; {each["date"]}, commit {each["commit"]}.</small></p>
 """

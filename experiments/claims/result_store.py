@@ -85,21 +85,22 @@ class Store:
         text = json.dumps([name, code, parts, options, self._context], sort_keys=True)
         key = hashlib.sha256(text.encode()).hexdigest()[:40]
 
-        def compute() -> Any:
-            return function(*args, *[each.value if isinstance(each, Result) else each for each in inputs], **options)
+        def compute() -> tuple[Any, float]:
+            values = [each.value if isinstance(each, Result) else each for each in inputs]
+            start = time.perf_counter()  # without the time in which inputs are computed
+            value = jax.device_get(function(*args, *values, **options))
+            return value, time.perf_counter() - start
 
         entry = {"function": name, "options": options, "inputs": parts, "code": code}
         return self._results.setdefault(key, Result(key, lambda: self._load_or_save(key, compute, entry)))
 
-    def _load_or_save(self, key: str, compute: Callable[[], Any], entry: dict[str, Any]) -> Any:
+    def _load_or_save(self, key: str, compute: Callable[[], tuple[Any, float]], entry: dict[str, Any]) -> Any:
         path = self._folder / entry["function"] / f"{key}.pickle"
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_suffix(".lock")):
             if path.exists():
                 return pickle.loads(path.read_bytes())
-            start = time.perf_counter()
-            value = jax.device_get(compute())
-            seconds = time.perf_counter() - start
+            value, seconds = compute()
             path.with_suffix(".json").write_text(json.dumps(entry | {"seconds": seconds}, indent=2))
             unfinished = path.with_suffix(f".{os.getpid()}")
             unfinished.write_bytes(pickle.dumps(value, protocol=5))

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import functools
+import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import pathlib
 import signal
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from claims.claim import Measured
+from rlhf_jax.checkpoint import atomic
 
 
 class Work(NamedTuple):
@@ -23,12 +26,13 @@ class Work(NamedTuple):
 
 
 class Done(NamedTuple):
-    """What was measured, and how long it took, including shared stages that were not in the store."""
+    """What was measured, and how long it took."""
 
     measured: Measured
     seconds: float
-    stages_seconds: float
-    """The part of the seconds that went into stages that claims share."""
+    """Without the stages that claims share."""
+    shared_seconds: float
+    """Time for the shared stages that were not in the store."""
     prompts: int
 
 
@@ -43,36 +47,60 @@ def measure_all(
     """Measures claims, of which ``processes`` run at a time, and calls ``on_done`` as each finishes.
 
     What is in the store is not computed again. The results do not depend on the number of processes.
+
+    Raises:
+        RuntimeError: A measurement failed.
     """
     context = multiprocessing.get_context("spawn")  # JAX does not support fork
-    with context.Manager() as manager:
-        cores = manager.Queue()
-        for core in (sorted(os.sched_getaffinity(0)) * processes)[:processes]:
-            cores.put(core)
-        executor = concurrent.futures.ProcessPoolExecutor(
-            processes, mp_context=context, initializer=_start, initargs=(cores, str(store / "programs"))
-        )
-        try:
-            futures = {executor.submit(measure, each, store=store, quick=quick): each for each in work}
-            for future in concurrent.futures.as_completed(futures):
-                on_done(futures[future], future.result())
-        except BaseException:
-            for process in list(executor._processes.values()):
-                process.terminate()
-            raise
-        finally:
-            executor.shutdown(wait=True, cancel_futures=True)
+    waiting, busy, started = list(work)[::-1], {}, []
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [None]
+    try:
+        for number in range(min(processes, len(work))):
+            connection, other = context.Pipe()
+            core = cores[number % len(cores)]
+            process = context.Process(target=_serve, args=(other, core, store, quick), daemon=True)
+            process.start()
+            other.close()
+            started.append(process)
+            busy[connection] = waiting.pop()
+            connection.send(busy[connection])
+        while busy:
+            for connection in multiprocessing.connection.wait(list(busy)):
+                finished = busy.pop(connection)
+                try:
+                    done = connection.recv()
+                except EOFError:
+                    done = "its process ended, perhaps for lack of memory"
+                if isinstance(done, str):
+                    raise RuntimeError(f"{finished.claim} with seed {finished.seed} failed: {done}")
+                if waiting:
+                    busy[connection] = waiting.pop()
+                    connection.send(busy[connection])
+                on_done(finished, done)
+    finally:
+        for process in started:
+            process.kill()  # stored results are written atomically
+            process.join()
 
 
-def _start(cores: Any, programs: str) -> None:
-    """Confines a process to one core, so that processes do not disturb each other, and shares compiled programs."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process stops the others
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {cores.get()})
+def _serve(connection: Any, core: int | None, store: pathlib.Path, quick: bool) -> None:
+    """Measures what it is sent, on one core, so that processes do not disturb each other."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process stops this one
+    if core is not None:
+        os.sched_setaffinity(0, {core})
     import jax
 
-    jax.config.update("jax_compilation_cache_dir", programs)
+    jax.config.update("jax_compilation_cache_dir", str(store / "programs"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    while True:
+        try:
+            each = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send(measure(each, store=store, quick=quick))
+        except Exception:
+            connection.send(traceback.format_exc())
 
 
 def measure(work: Work, *, store: pathlib.Path, quick: bool) -> Done:
@@ -81,11 +109,16 @@ def measure(work: Work, *, store: pathlib.Path, quick: bool) -> Done:
 
     claim = catalogue.CLAIMS[work.claim]
     trial = _trial(work.seed, store, quick, tuple((part, tuple(each.items())) for part, each in claim.changes.items()))
-    before, start = len(trial.store.made), time.perf_counter()
-    measured = trial.result(claim.measure).value
-    seconds = time.perf_counter() - start
-    shared = [each.seconds for each in trial.store.made[before:] if each.function in SHARED]
-    return Done(measured, seconds, sum(shared), len(trial.task.eval_prompts))
+    before, start, result = len(trial.store.made), time.perf_counter(), trial.result(claim.measure)
+    measured = result.value
+    made = trial.store.made[before:]
+    shared = sum(each.seconds for each in made if each.function in SHARED)
+    times = [time.perf_counter() - start - shared, shared] if made else [0.0, 0.0]
+    path = store / "seconds" / f"{result.key}.json"  # of this process and of interrupted ones
+    times = [a + b for a, b in zip(times, json.loads(path.read_text()) if path.exists() else [0.0, 0.0], strict=True)]
+    path.parent.mkdir(exist_ok=True)
+    atomic.replace_file(path, json.dumps(times).encode())
+    return Done(measured, *times, len(trial.task.eval_prompts))
 
 
 SHARED = tuple(f"claims.model_stages.{name}" for name in ("pretrain", "fine_tune", "compare", "train_reward_model"))

@@ -19,11 +19,9 @@ from rlhf_jax import generation, lm, parallel
 from rlhf_jax.train import ppo, ppo_models, reward_model, sft
 
 SIZES: dict[str, dict[str, Any]] = {
-    "net": {"layers": 2, "width": 64, "mlp": 160},
-    "pretrain": {"documents": 30_000, "steps": 300},
-    "sft": {"demonstrations": 2500},
+    "sft": {"demonstrations": 3000},
     "comparisons": {"prompts": 1000},
-    "ppo": {"iterations": 30, "batch": 128, "minibatches": 2, "ema": 0.0, "learning_rate": 1e-3},
+    "ppo": {"iterations": 24, "batch": 128, "minibatches": 2, "ema": 0.0},
     "evaluation": {"prompts": 512, "skills": 400, "pretraining_rows": 128},
 }
 """Settings of the claims that differ from the defaults of instructgpt.py."""

@@ -77,6 +77,8 @@ def load(settings: Any, mesh: Any, counts: errors.DropCount) -> tuple[initial_mo
         DataError: The data is unusable.
     """
     data, key, notes = settings.data, jax.random.key(settings.seed), []
+    if not initial_model.is_architecture(settings.model):
+        initial_model.check(settings.model)
     rankings, _ = readers.read_rankings(data.path, counts=counts)
     if not rankings:
         raise errors.DataError(f"{data.path} has no usable record ({counts.report()})")
@@ -135,7 +137,9 @@ def _encode(
         for reason, n in getattr(found, name).items():
             totals[reason] = totals.get(reason, 0) + n
     if not differ_B.any():
-        raise errors.DataError(f"{path}: none of {len(rankings)} comparisons is usable ({found.report()})")
+        raise errors.DataError(
+            f"{path}: none of {errors.counted(len(rankings), 'comparisons')} is usable ({found.report()})"
+        )
     kept = kept[differ_B]
     turn_B = np.array([sum(turn.role == "user" for turn in rankings[i].prompt) for i in kept])
     return Encoded(rows, conversation_N[kept], turn_B)
@@ -200,8 +204,8 @@ def cut_warnings(lengths: tuple[np.ndarray, np.ndarray], widths: tuple[int, int]
         cut = int((lengths_N > width).sum())
         if cut > 0.1 * len(lengths_N):
             notes.append(
-                f"{cut} of {len(lengths_N)} {name} ({cut / len(lengths_N):.0%}) are longer than {width} tokens and "
-                f"are cut; {flag} {_holding_99(lengths_N)} would hold 99 % of them"
+                f"a width of {width} tokens cuts {cut} of {errors.counted(len(lengths_N), name)} "
+                f"({cut / len(lengths_N):.0%}); {flag} {_holding_99(lengths_N)} would hold 99 % of them"
             )
     return notes
 

@@ -32,7 +32,7 @@ def run(settings: OwnDPOSettings) -> dict[str, Any]:
     out = Console()
     if finished := outcome.show_finished(settings, out, table):
         return finished
-    counts = errors.DropCount(max_dropped=settings.data.max_dropped)
+    counts = errors.DropCount(max_dropped=settings.data.max_dropped, flag="--data.max-dropped")
 
     def prepare(resolved: OwnDPOSettings, mesh: Any) -> tuple[OwnDPOSettings, Any]:
         model, data = comparisons.load(settings, mesh, counts)
@@ -112,6 +112,7 @@ def run(settings: OwnDPOSettings) -> dict[str, Any]:
         "pairs": {"training": len(pairs), "held_out": len(held_out)},
         "widths": {"prompt": P, "response": data.response_width},
         "steps": planned.steps,
+        "clusters": {"held-out pairs": len(np.unique(data.held_out.conversation_B[held_out.prompt_B]))},
         "packing": saving,
         "training_seconds": trained.seconds,
         "tokens_per_second": trained.tokens_per_second(masks[0].sum() / len(masks[0]) * planned.batch),
@@ -177,12 +178,12 @@ def table(results: dict[str, Any]) -> list[tuple[str, Any]]:
     """Returns the rows of the table that the command prints."""
     n = results["pairs"]["held_out"]
     rows = [
-        (f"implicit accuracy on {n} held-out pairs before", results["implicit_accuracy_before"]),
+        (f"implicit accuracy before, {errors.counted(n, 'held-out pairs')}", results["implicit_accuracy_before"]),
         ("implicit accuracy after", results["implicit_accuracy"]),
         ("margin of the implicit rewards after", results["margin"]),
     ]
     for when in ("before", "after"):
-        name = f"share of chosen answers more likely per token {when}"
+        name = f"chosen answer more likely per token {when}"
         rows.append((name, results["likelihood_accuracy"][when]))
     for answer, numbers in results["logprobs"].items():
         rows += [(f"log-probability of {answer} answers {when}", numbers[when]) for when in ("before", "after")]

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from launch import device_mesh, host_agreement, initial_model, process_setup, run_folder
+from launch import device_mesh, host_agreement, initial_model, process_setup, run_folder, setting_checks
 from launch.run_settings import RunSettings
 from recipe import run_setup
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from rlhf_jax import lm, metrics, parallel, report, types
 from rlhf_jax.data import chat, errors
+from rlhf_jax.report import console
 from rlhf_jax.report import results as results_lib
 
 MODEL = "model"
@@ -32,13 +30,13 @@ def show_finished(settings: RunSettings, out: Console, rows: Rows) -> dict[str, 
     finished = run_folder.finished_results(settings.resume) if settings.resume else None
     if finished:
         run_setup.print_line(out, f"{settings.resume} is already finished; there is nothing to run")
-        out.print(table(rows(finished)))
+        show(out, finished, rows)
     return finished
 
 
 def describe_data(out: Console, counts: errors.DropCount, sizes: Mapping[str, int]) -> None:
     """Prints the sizes of the data and the records that are not used or are shortened."""
-    text = ", ".join(f"{n} {name}" for name, n in sizes.items())
+    text = ", ".join(errors.counted(n, name) for name, n in sizes.items())
     run_setup.print_line(out, f"data: {text}; {counts.report()}")
 
 
@@ -97,7 +95,7 @@ def finish(
 ) -> dict[str, Any]:
     """Writes report.html and, last, results.json; prints the table and returns the results with general facts."""
     facts = {
-        "seconds": time.time() - process_setup.START_TIME,
+        "seconds": folder.elapsed.total,
         "peak_rss_mb": process_setup.peak_memory_mb(),
         "seed": settings.seed,
         "incidents": folder.incidents(),
@@ -108,10 +106,10 @@ def finish(
         results,
         metrics.read(folder.path),
         title=title,
-        settings=dataclasses.asdict(settings),
+        settings=setting_checks.by_flag(settings),
     )
     folder.write_json(run_folder.RESULTS, results)
-    out.print(table(rows(results)))
+    show(out, results, rows)
     saved: pathlib.Path = folder.path / MODEL
     where = f"model: {saved}   " if saved.exists() else ""
     run_setup.print_line(
@@ -120,11 +118,18 @@ def finish(
     return results
 
 
+def show(out: Console, results: dict[str, Any], rows: Rows) -> None:
+    """Prints the table of the results, and which of its intervals are rough."""
+    shown = rows(results)
+    out.print(table(shown))
+    marked = any(name.endswith(results_lib.ROUGH_MARK) for name, _ in shown)
+    for text in [*results_lib.rough_intervals(results), *([results_lib.ROUGH_NOTE] if marked else [])]:
+        run_setup.print_line(out, text)
+
+
 def table(rows: list[tuple[str, Any]]) -> Table:
     """Returns a table of names, numbers and 95 % intervals."""
-    made = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
-    for name, side in (("", "left"), ("value", "right"), ("95 % interval", "right")):
-        made.add_column(name, justify=side)  # type: ignore[arg-type]
+    made = console.NumbersTable("", "value", "95 % interval")
     for name, value in rows:
         if isinstance(value, list):
             made.add_row(name, *results_lib.format_parts(value, digits=3))

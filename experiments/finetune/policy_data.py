@@ -126,7 +126,9 @@ def read_ptx(fmt: chat.ChatFormat, path: str, *, width: int) -> TokenBatch:
     if (texts := _texts(path)) is not None:
         ids = plain_text.encode_texts(fmt.tokenizer, texts)
         if (n := sum(len(each) + 1 for each in ids)) < width:
-            raise errors.DataError(f"--ptx {path} has {n} tokens, fewer than a row, which has {width}; add text")
+            raise errors.DataError(
+                f"--ptx {path} has {errors.counted(n, 'tokens')}, fewer than a row, which has {width}; add text"
+            )
         return tasks.text_batch(packing.pack_documents(ids, width=width, eos_id=tasks.document_end(fmt))[0])
     counts = errors.DropCount(max_dropped=1.0)
     found, _ = demonstrations.read(path, counts)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +21,7 @@ class RewardFunction:
         spec: MODULE:FUNCTION or FILE.py:FUNCTION.
 
     Raises:
-        SettingError: There is no such function.
+        SettingError: There is no such function, or it has other parameters.
 
     Attributes:
         name: Name of the function.
@@ -32,13 +30,13 @@ class RewardFunction:
     """
 
     def __init__(self, spec: str) -> None:
-        """Imports the module and finds the function."""
-        self.spec, self.per_token, self.failure = spec, None, None
-        self.per_token: bool | None
-        self.failure: SettingError | None
+        """Imports the module, finds the function and checks its parameters."""
+        self.per_token: bool | None = None
+        self.failure: SettingError | None = None
+        self._where = f"--reward {spec}"
         self._function = reward_functions.find(spec)
         self.name = spec.rpartition(":")[2]
-        self._optional = _accepted(self._function)
+        self._optional = reward_functions.accepted(self._function, OPTIONAL, where=self._where)
 
     def __call__(
         self,
@@ -58,26 +56,16 @@ class RewardFunction:
         Raises:
             SettingError: The function raised an exception or returned something else; the error is also `failure`.
         """
-        optional = {"tokens": tokens, "records": records}
+        every = {"tokens": tokens, "records": records}
+        options = {name: every[name] for name in self._optional}
         try:
-            try:
-                returned = self._function(
-                    list(prompts), list(answers), **{name: list(optional[name]) for name in self._optional}
-                )
-            except Exception as error:
-                raise SettingError(f"--reward {self.spec} failed: {_described(error, self._function)}") from error
-            return self._checked(returned, [len(each) for each in tokens])
+            values = reward_functions.call(self._function, prompts, answers, options, where=self._where, tokens=True)
+            return self._checked(values, [len(each) for each in tokens])
         except SettingError as error:
             self.failure = error
             raise
 
-    def _checked(self, returned: Any, lengths: Sequence[int]) -> Scores:
-        try:
-            values = [np.asarray(each, np.float32) for each in returned]
-        except (TypeError, ValueError):
-            raise self._wrong(f"{type(returned).__name__} instead of a list of numbers") from None
-        if len(values) != len(lengths):
-            raise self._wrong(f"{len(values)} values for {len(lengths)} answers")
+    def _checked(self, values: Sequence[np.ndarray], lengths: Sequence[int]) -> Scores:
         per_token = any(each.ndim for each in values)
         if self.per_token is not None and per_token != self.per_token:
             raise self._wrong("once numbers for answers and once numbers for tokens")
@@ -85,31 +73,10 @@ class RewardFunction:
             if per_token and each.shape != (length,):
                 raise self._wrong(f"shape {each.shape} for answer {i}, which has {length} tokens")
             if not np.isfinite(each).all():
-                raise self._wrong(f"a number that is not finite for answer {i}")
+                shown = f"{each}" if not each.ndim else "a number that is not finite"
+                raise self._wrong(f"{shown} for answer {i}")
         self.per_token = per_token
         return [each.tolist() for each in values]
 
     def _wrong(self, what: str) -> SettingError:
-        return SettingError(
-            f"--reward {self.spec} returned {what}; it must return one finite number for each answer, or for each "
-            "answer a list with one for each token"
-        )
-
-
-def _accepted(function: Callable[..., Any]) -> tuple[str, ...]:
-    """Returns the names in `OPTIONAL` that the function accepts as keywords."""
-    try:
-        parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError):
-        return ()
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return tuple(name for name in OPTIONAL if name in parameters and parameters[name].kind in kinds)
-
-
-def _described(error: BaseException, function: Callable[..., Any]) -> str:
-    """Returns the error and the line of the function's file, or else of another file, that raised it."""
-    frames = traceback.extract_tb(error.__traceback__)
-    file = getattr(getattr(inspect.unwrap(function), "__code__", None), "co_filename", None)
-    frame = next((each for each in reversed(frames) if each.filename == file), frames[-1])
-    text = f"{type(error).__name__}: {error}".rstrip(": ")
-    return f'{text} ({frame.filename}, line {frame.lineno}: "{frame.line}")'
+        return reward_functions.unusable(what, where=self._where, tokens=True)

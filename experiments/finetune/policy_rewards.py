@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -37,13 +37,21 @@ class Rewards:
         return next((each.failure for each in self.functions.values() if each.failure is not None), None)
 
 
+def find_functions(settings: Any) -> list[RewardFunction]:
+    """Returns the functions of --reward; raises SettingError if one cannot be called, before any model is loaded."""
+    return [RewardFunction(spec) for spec in settings.reward]
+
+
 def load(
-    settings: Any, policy: initial_model.InitialModel, mesh: jax.sharding.Mesh | None, *, width: int | None = None
+    settings: Any,
+    functions: Sequence[RewardFunction],
+    policy: initial_model.InitialModel,
+    mesh: jax.sharding.Mesh | None,
 ) -> Rewards:
-    """Loads the reward models and functions of the settings.
+    """Loads the reward models of the settings and combines them with ``functions``.
 
     Raises:
-        SettingError: One of them is unusable.
+        SettingError: One of the models is unusable.
     """
     loaded: list[tuple[str, Any]] = []
     for path in settings.reward_model:
@@ -54,9 +62,7 @@ def load(
                 "the model"
             )
         loaded.append(("model", model))
-    for spec in settings.reward:
-        function = RewardFunction(spec)
-        loaded.append((function.name, function))
+    loaded += [(function.name, function) for function in functions]
     names: list[str] = []
     for name, _ in loaded:
         n = 1 + sum(each == name or each.rpartition("_")[0] == name for each in names)

@@ -76,6 +76,7 @@ def compare(before: Measured, after: Measured, prompts: Prompts) -> dict[str, An
     return {
         "policies": {BEFORE: _numbers(before, prompts), AFTER: _numbers(after, prompts) | {"win_rate": win_rate}},
         "baseline": BEFORE,
+        "clusters": {"evaluation": len(np.unique(prompts.asked_B))},
         "reward_change": mean(reward - old),
     }
 
@@ -111,7 +112,7 @@ def table(results: dict[str, Any]) -> list[tuple[str, Any]]:
                 (f"{name.replace('_', ' ')} after", after[name]),
             ]
         rows.insert(2, ("change of the reward", results["reward_change"]))
-        rows.insert(3, ("win rate of after against before, by reward", after["win_rate"]))
+        rows.insert(3, ("win rate of after against before", after["win_rate"]))
         rows.insert(4, ("KL from the reference after, nats per answer", after["kl"]))
     return [*rows, ("iterations", results["iterations"]), ("sampled tokens per second", results["tokens_per_second"])]
 

@@ -33,8 +33,8 @@ class Method(settings.RL):
     critic_learning_rate: float | None = None
     """Learning rate of the critic after the warmup. None uses 5e-5, or 5e-4 with --lora.rank."""
     missing_stop_score: float | None = None
-    """Score for an answer without a stop token. None uses -3 if all rewards are normalised reward models, and otherwise
-    leaves the scores of such answers as they are."""
+    """Score for an answer without a stop token, at most 0. None uses -3 if all rewards are normalised reward models,
+    and otherwise leaves the scores of such answers as they are."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,6 +93,7 @@ class PPOSettings(RunSettings, Optimizer, Training):
 
     command: ClassVar[str] = "ppo"
     inputs: ClassVar[tuple[str, ...]] = ("policy", "prompts", "reward_model", "critic", "reference", "ptx")
+    functions: ClassVar[tuple[str, ...]] = ("reward",)
 
     epsilon: float = 1e-5
     """Number added to the root of AdamW's second moment. Has no effect with `adafactor` and `lion`."""
@@ -168,7 +169,7 @@ def _check_rewards(chosen: PPOSettings) -> None:
         raise SettingError("no reward is given; set --reward-model FOLDER or --reward MODULE:FUNCTION")
     if chosen.reward_weights and len(chosen.reward_weights) != n:
         raise SettingError(
-            f"--reward-weights has {len(chosen.reward_weights)} numbers; it must have one for each of the {n} rewards"
+            f"the number of --reward-weights is {len(chosen.reward_weights)}; it must be {n}, the number of rewards"
         )
     if chosen.reward_weights and not any(chosen.reward_weights):
         raise SettingError("--reward-weights has only zeros; at least one weight must differ from 0")

@@ -37,41 +37,121 @@ def load(text: str, *, flag: str = "--reward") -> RewardFunction:
         flag: The flag that error messages name.
 
     Returns:
-        A function that also checks the result, and raises DataError if it is unusable or the function fails.
+        A function that also checks the result, and raises SettingError if it is unusable or the function fails.
 
     Raises:
-        SettingError: There is no such module or function.
+        SettingError: There is no such module or function, or it cannot be called with these lists.
     """
-    function = find(text, flag=flag)
-    try:
-        with_records = "records" in inspect.signature(function).parameters
-    except (TypeError, ValueError):  # a function without a signature, such as some written in C
-        with_records = False
+    where, function = f"{flag} {text}", find(text, flag=flag)
+    optional = accepted(function, ("records",), where=where)
 
     def checked(prompts: Sequence[Messages], responses: Sequence[str], records: Records) -> np.ndarray:
-        options = {"records": list(records)} if with_records else {}
-        try:
-            values = function(list(prompts), list(responses), **options)
-        except Exception as error:
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            raise errors.DataError(
-                f"{flag} {text} failed: {type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
-            ) from error
-        try:
-            scores = np.asarray(values, np.float64)
-        except (TypeError, ValueError) as error:
-            raise errors.DataError(f"{flag} {text} must return one number per answer: {error}") from error
-        if scores.shape != (len(responses),):
-            raise errors.DataError(
-                f"{flag} {text} returned an array of shape {scores.shape} for {len(responses)} answers; it must return "
-                "one number per answer"
-            )
-        if not np.isfinite(scores).all():
-            row = int(np.flatnonzero(~np.isfinite(scores))[0])
-            raise errors.DataError(f"{flag} {text} returned {scores[row]} for the answer {responses[row][:200]!r}")
+        options = {"records": records} if optional else {}
+        values = call(function, prompts, responses, options, where=where)
+        scores = np.zeros(len(values))
+        for row, value in enumerate(values):
+            if value.ndim or not np.isfinite(value):
+                raise unusable(f"{_shown(value)} for the answer {responses[row][:200]!r}", where=where)
+            scores[row] = value
         return scores
 
     return checked
+
+
+def accepted(function: Callable[..., Any], optional: Sequence[str], *, where: str) -> tuple[str, ...]:
+    """Returns which of the names in ``optional`` the function accepts as keywords.
+
+    Raises:
+        SettingError: The function cannot be called with prompts, responses and these keywords.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # a function without a signature, such as some written in C
+        return ()
+    parameters = signature.parameters
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    names = tuple(name for name in optional if name in parameters and parameters[name].kind in kinds)
+    wrong = "it is a coroutine function" if inspect.iscoroutinefunction(function) else None
+    try:
+        signature.bind([], [], **dict.fromkeys(names))
+    except TypeError as error:
+        wrong = str(error)
+    if wrong is None:
+        return names
+    name = getattr(function, "__name__", type(function).__name__)
+    raise SettingError(
+        f"{where} cannot be used: {wrong}; it is {name}{signature}, but is called with (prompts, responses), two lists "
+        f"of equal length, and with {' and '.join(optional)} if it has {'such a parameter' + 's' * (len(optional) > 1)}"
+    )
+
+
+def call(
+    function: Callable[..., Any],
+    prompts: Sequence[Messages],
+    responses: Sequence[str],
+    options: Mapping[str, Sequence[Any]],
+    *,
+    where: str,
+    tokens: bool = False,
+) -> list[np.ndarray]:
+    """Calls a user's function and returns its value for each response as an array.
+
+    Args:
+        function: The function.
+        prompts: Prompts as chat messages.
+        responses: Texts of the answers.
+        options: Further lists, by the names of the parameters that receive them.
+        where: Beginning of error messages, such as ``--reward rewards.py:score``.
+        tokens: Whether error messages say that tokens may have numbers.
+
+    Raises:
+        SettingError: The function failed, or did not return one value that consists of numbers for each response.
+    """
+    given = errors.counted(len(responses), "answers")
+    try:
+        returned = function(list(prompts), list(responses), **{name: list(value) for name, value in options.items()})
+        is_list = hasattr(returned, "__iter__") and not isinstance(returned, str | bytes | Mapping)
+        values = list(returned) if is_list and getattr(returned, "shape", None) != () else None
+    except Exception as error:
+        raise SettingError(f"{where} failed on {given}: {_described(error, function)}") from error
+    if values is None:
+        raise unusable(f"{_shown(returned)} for {given}", where=where, tokens=tokens)
+    if len(values) != len(responses):
+        raise unusable(f"{errors.counted(len(values), 'values')} for {given}", where=where, tokens=tokens)
+    arrays = []
+    for i, value in enumerate(values):
+        try:
+            arrays.append(np.asarray(value, np.float32))
+        except (TypeError, ValueError):
+            raise unusable(f"{_shown(value)} for answer {i}", where=where, tokens=tokens) from None
+    return arrays
+
+
+def unusable(what: str, *, where: str, tokens: bool = False) -> SettingError:
+    """Returns the error for a function that returned ``what``; ``tokens`` is whether tokens may have numbers."""
+    more = ", or for each answer a list with one for each token" if tokens else ""
+    return SettingError(f"{where} returned {what}; it must return one finite number for each answer{more}")
+
+
+def _shown(value: Any) -> str:
+    """Returns a value in words, such as ``nan``, ``the str 'a'`` or ``an array of shape (2, 3)``."""
+    shape = getattr(value, "shape", None)
+    if shape:
+        return f"an array of shape {tuple(shape)}"
+    if value is None or shape == () or isinstance(value, float | int):
+        return str(value)
+    return f"the {type(value).__name__} {repr(value)[:80]}"
+
+
+def _described(error: BaseException, function: Callable[..., Any]) -> str:
+    """Returns the error and the line of the user's code that raised it, which is unknown if the call itself failed."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is the call
+    file = getattr(getattr(inspect.unwrap(function), "__code__", None), "co_filename", None)
+    text = f"{type(error).__name__}: {error}".rstrip(": ")
+    if not frames:
+        return text
+    frame = next((each for each in reversed(frames) if each.filename == file), frames[-1])
+    return f'{text} ({frame.filename}, line {frame.lineno}: "{frame.line}")'
 
 
 def find(text: str, *, flag: str = "--reward") -> Callable[..., Any]:

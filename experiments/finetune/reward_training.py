@@ -21,6 +21,7 @@ from finetune import comparisons, outcome, training
 from finetune.preference_settings import OwnRewardSettings
 from rlhf_jax import diagnostics, lm, parallel, types
 from rlhf_jax.data import comparison_transforms, errors, packing
+from rlhf_jax.report import results as results_lib
 from rlhf_jax.train import loop, reward_model
 from rlhf_jax.train.optim import partition
 
@@ -35,7 +36,7 @@ def run(settings: OwnRewardSettings) -> dict[str, Any]:
     out = Console()
     if finished := outcome.show_finished(settings, out, table):
         return finished
-    counts = errors.DropCount(max_dropped=settings.data.max_dropped)
+    counts = errors.DropCount(max_dropped=settings.data.max_dropped, flag="--data.max-dropped")
 
     def prepare(resolved: OwnRewardSettings, mesh: Any) -> tuple[OwnRewardSettings, Any]:
         model, data = comparisons.load(settings, mesh, counts)
@@ -237,7 +238,7 @@ def table(results: dict[str, Any]) -> list[tuple[str, Any]]:
     facts = results["reward_model"]
     bias, calibration = facts["length_bias"], facts["calibration"]
     rows: list[tuple[str, Any]] = [
-        (f"accuracy on {facts['held_out_pairs']} held-out pairs", facts["accuracy"]),
+        (f"accuracy on {errors.counted(facts['held_out_pairs'], 'held-out pairs')}", facts["accuracy"]),
     ]
     if "gap" in facts:
         rows.append(("training accuracy minus held-out accuracy", facts["gap"]["accuracy_gap"]))
@@ -248,5 +249,8 @@ def table(results: dict[str, Any]) -> list[tuple[str, Any]]:
         ("correlation of score and length", bias["correlation"]),
     ]
     for kind, strata in facts["strata"].items():
-        rows += [(f"accuracy, {kind} {each['name']} ({each['count']} pairs)", each["accuracy"]) for each in strata]
+        for each in strata:
+            mark = results_lib.ROUGH_MARK * results_lib.is_rough(each)
+            name = f"accuracy, {kind} {each['name']} ({errors.counted(each['count'], 'pairs')}){mark}"
+            rows.append((name, each["accuracy"]))
     return [*rows, ("steps", results["steps"]), ("tokens per second", results["tokens_per_second"])]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 from launch import mesh_settings
 from launch.run_settings import Compute, Mesh, Template
-from launch.setting_checks import require
+from launch.setting_checks import check_finite, require
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,11 +45,12 @@ class Sampling:
 
 def check(settings: Sampling) -> None:
     """Raises SettingError for the first setting that is out of range."""
+    check_finite(settings)
     for name in ("n", "max_new_tokens", "batch", "prompt_width", "limit", "top_k"):
         value = getattr(settings, name)
         require(value is None or value >= 1, settings, name, "at least 1")
-    for name, most in (("temperature", math.inf), ("max_dropped", 1)):
-        require(0 <= getattr(settings, name) <= most, settings, name, f"between 0 and {most}")
-    require(settings.seed >= 0, settings, "seed", "at least 0")
+    for name in ("temperature", "seed"):
+        require(getattr(settings, name) >= 0, settings, name, "at least 0")
+    require(0 <= settings.max_dropped <= 1, settings, "max_dropped", "between 0 and 1")
     require(settings.top_p is None or 0 < settings.top_p <= 1, settings, "top_p", "above 0 and at most 1")
     mesh_settings.check(settings)

@@ -15,7 +15,7 @@ from launch.run_settings import Lora, SettingError, StageSettings
 from recipe import engine, optimiser_choice
 
 from rlhf_jax import lm, parallel, types
-from rlhf_jax.data import batching
+from rlhf_jax.data import batching, errors
 from rlhf_jax.train import state as state_lib
 from rlhf_jax.train.optim import schedules, update
 
@@ -88,7 +88,8 @@ def schedule(run: engine.Engine, stage: str, rows: int, settings: StageSettings)
     """Returns the schedule of a stage on ``rows`` rows; notes batches that are smaller than --batch."""
     batch = rows_per_step(settings, rows, run.mesh)
     if batch < settings.batch:
-        run.note(stage, f"a step has {batch} rows instead of --batch {settings.batch}: the data has only {rows} rows")
+        size, all_rows = errors.counted(batch, "rows"), errors.counted(rows, "rows")
+        run.note(stage, f"a step has {size} instead of --batch {settings.batch}: the data has only {all_rows}")
     steps = count_steps(settings, rows, batch=batch)
     order = batching.epoch_batches(0, n=rows, batch_size=batch, key=run.key(stage), steps=steps)
     return Schedule(order, steps, batch)

@@ -268,9 +268,11 @@ def join(policies: Sequence[Given], *, note: Callable[[str], None]) -> list[Give
     n = min(len(given.lines[row]) for given, chosen in zip(policies, rows) for row in chosen)
     for given, place, chosen in zip(policies, places, rows):
         if len(place) > len(keys):
-            note(f"{len(place) - len(keys)} prompts of {given.name} are left out, because another policy lacks them")
+            left = errors.counted(len(place) - len(keys), "prompts")
+            note(f"leaving out {left} of {given.name} that another policy lacks")
         if any(len(given.lines[row]) > n for row in chosen):
-            note(f"only the first {n} answers of {given.name} to each prompt are used, as many as every policy has")
+            first = f"the first {errors.counted(n, 'answers')}" if n > 1 else "the first answer"
+            note(f"using only {first} of {given.name} to each prompt, as many as every policy has")
     return [given.at(chosen, n) for given, chosen in zip(policies, rows)]
 
 

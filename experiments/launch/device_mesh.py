@@ -13,6 +13,7 @@ from launch import mesh_settings
 from launch.mesh_settings import AXES
 from launch.run_settings import SettingError
 from rlhf_jax import lm, parallel
+from rlhf_jax.data import errors
 
 S = TypeVar("S", bound=Any)
 
@@ -97,7 +98,8 @@ def round_rows_down(rows: int, mesh: jax.sharding.Mesh | None, name: str) -> int
     rounded = rows - rows % parallel.num_batch_shards(mesh)
     if rounded == 0:
         parts = parallel.num_batch_shards(mesh)
-        raise SettingError(f"{name}: {rows} rows are fewer than the {parts} devices of --mesh.data x --mesh.fsdp")
+        few = f"{errors.counted(rows, 'rows')} {'is' if rows == 1 else 'are'}"
+        raise SettingError(f"{name}: {few} fewer than the {parts} devices of --mesh.data x --mesh.fsdp")
     return rounded
 
 

@@ -73,20 +73,25 @@ def load(
     Raises:
         SettingError: The folder has no usable model of this kind.
     """
-    folder = _saved_in_run(path, kind, flag)
-    model = _load(folder, flag, mesh, template)
-    if ("head" in model.params) != (kind == REWARD_MODEL):
-        raise SettingError(f"cannot use {flag} {path}: it is a {_other(kind)}, not a {kind}")
-    return model
+    check(path, kind=kind, flag=flag)
+    return _load(_saved_in_run(path, kind, flag), flag, mesh, template)
 
 
-def check_exists(path: str, *, kind: str, flag: str) -> None:
-    """Raises SettingError if `load` would find no model of this kind, without reading any weights."""
+def check(path: str, *, kind: str = LANGUAGE_MODEL, flag: str = "--model") -> None:
+    """Raises SettingError if a folder has no model of this kind, without reading any weights."""
     folder = _saved_in_run(path, kind, flag)
+    names = {each.name for each in pathlib.Path(folder).glob("*")}
+    if "config.json" not in names and any(name.startswith("tokenizer") for name in names):
+        raise SettingError(
+            f"cannot use {flag} {path}: it has a tokenizer but no model, which needs config.json and safetensors files"
+        )
     try:
         lm.load_config(folder)
+        found = REWARD_MODEL if lm.has_head(folder) else LANGUAGE_MODEL
     except (OSError, ValueError) as error:
         raise SettingError(f"cannot use {flag} {path}: {error}") from error
+    if found != kind:
+        raise SettingError(f"cannot use {flag} {path}: it is a {found}, not a {kind}")
 
 
 def new_config(architecture: str, vocab_size: int) -> lm.LMConfig:
@@ -115,10 +120,6 @@ def create(
         shardings = parallel.shardings(jax.eval_shape(make, key), mesh, lm.logical_axes(cfg))
         params = jax.jit(make, out_shardings=shardings)(key)
     return InitialModel(architecture, cfg, params, fmt)
-
-
-def _other(kind: str) -> str:
-    return LANGUAGE_MODEL if kind == REWARD_MODEL else REWARD_MODEL
 
 
 def _saved_in_run(path: str, kind: str, flag: str) -> str:
@@ -186,9 +187,9 @@ def _options(template: Template) -> dict[str, Any]:
 def _load(path: str, flag: str, mesh: jax.sharding.Mesh | None, template: Template) -> InitialModel:
     given = _options(template)
     try:
+        tokenizer = tokenizers.load(path)  # first, because it takes less time than the weights
         shard = None if mesh is None else device_mesh.make_sharder(lm.load_config(path), mesh)
         cfg, params = lm.load(path, shard=shard)
-        tokenizer = tokenizers.load(path)
         n = 1 + max(tokenizer.get_vocab().values())
         if n > cfg.vocab_size:
             raise errors.DataError(

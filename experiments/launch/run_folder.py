@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from launch import config_file, folder_lock, initial_model, setting_checks
+from launch import config_file, elapsed_time, folder_lock, initial_model, setting_checks
 from launch.run_settings import RunSettings, SettingError
 from rlhf_jax import checkpoint, metrics, sinks
 from rlhf_jax.checkpoint import atomic
@@ -34,12 +35,14 @@ class RunFolder:
     incidents.jsonl lists problems from which the run recovered, if any.
 
     Attributes:
+        elapsed: The time that all processes of the run have taken.
         print_note: ``print_note(stage, text)`` prints an incident that `note` saves; by default, to stderr.
     """
 
     def __init__(self, path: pathlib.Path, log: metrics.MetricLog | None = None) -> None:
         """Opens an existing folder. `create` makes a new one."""
         self.path = path
+        self.elapsed = elapsed_time.ElapsedTime(path)
         self.log = metrics.MetricLog(path) if log is None else log
         self.print_note: Callable[[str, str], None] = lambda stage, text: print(f"{stage}: {text}", file=sys.stderr)
 
@@ -109,7 +112,15 @@ def free_folder(out: str | None, *, kind: str) -> pathlib.Path:
     return path
 
 
-_BEGINNING = (config_file.NAME, INCIDENTS, metrics.FILE_NAME, "tensorboard", "samples.jsonl", "checkpoints")
+_BEGINNING = (
+    config_file.NAME,
+    elapsed_time.NAME,
+    INCIDENTS,
+    metrics.FILE_NAME,
+    "tensorboard",
+    "samples.jsonl",
+    "checkpoints",
+)
 
 
 def _has_only_begun(path: pathlib.Path) -> bool:
@@ -178,20 +189,24 @@ def _refuse_if_used(flag: str, owner: str | None) -> None:
 
 
 def check_inputs_unchanged(resume: str, settings: RunSettings) -> None:
-    """Raises SettingError if a model or a data file of the run to resume has changed since the run started."""
+    """Raises SettingError if a model, a data file or code of the run to resume has changed since the run started."""
     saved, now = config_file.read(resume)[INPUTS], input_digests(settings)
-    for name in settings.inputs:
-        if saved[name] != now[name]:
-            value = setting_checks.value_of(settings, name)
-            what = f"the files in {value} have" if pathlib.Path(str(value)).is_dir() else f"{value} has"
-            raise SettingError(
-                f"--resume {resume}: {what} changed since the run started; restore "
-                f"{'them' if what.endswith('have') else 'it'} or start a new run with --out"
-            )
+    for name, digests in now.items():
+        if saved.get(name, digests) == digests:  # runs of earlier versions have no digests of code
+            continue
+        value = setting_checks.value_of(settings, name)
+        if isinstance(value, tuple):
+            value = next(each for each, old, new in zip(value, saved[name], digests) if old != new)
+        value = str(value).rpartition(":")[0] if name in settings.functions else str(value)
+        what = f"the files in {value} have" if pathlib.Path(value).is_dir() else f"{value} has"
+        raise SettingError(
+            f"--resume {resume}: {what} changed since the run started; restore "
+            f"{'them' if what.endswith('have') else 'it'} or start a new run with --out"
+        )
 
 
 def input_digests(settings: RunSettings) -> dict[str, Any]:
-    """Returns a digest of each model folder and data file of the settings, by name of the setting."""
+    """Returns a digest of each model folder, data file and file of functions, by name of the setting."""
 
     def digest(path: Any) -> Any:
         if isinstance(path, tuple):
@@ -200,7 +215,23 @@ def input_digests(settings: RunSettings) -> dict[str, Any]:
             return None
         return initial_model.fingerprint(path) if pathlib.Path(path).is_dir() else data_digest(path)
 
-    return {name: digest(setting_checks.value_of(settings, name)) for name in settings.inputs}
+    functions = {
+        name: [_code_digest(each) for each in setting_checks.value_of(settings, name)] for name in settings.functions
+    }
+    return {name: digest(setting_checks.value_of(settings, name)) for name in settings.inputs} | functions
+
+
+def _code_digest(function: str) -> str | None:
+    """Returns a digest of the file of MODULE:FUNCTION or FILE.py:FUNCTION, but not of the modules that it imports."""
+    module = function.rpartition(":")[0]
+    if module.endswith(".py"):
+        return data_digest(module)
+    spec = None
+    with contextlib.suppress(Exception):  # reported when the module is imported
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())
+        spec = importlib.util.find_spec(module)
+    return data_digest(spec.origin) if spec is not None and spec.has_location and spec.origin else None
 
 
 def data_digest(source: str) -> str | None:

@@ -75,6 +75,9 @@ class RunSettings:
     """Names of the settings, such as data.path, that are files or model folders. A run cannot be resumed if they have
     changed."""
 
+    functions: ClassVar[tuple[str, ...]] = ()
+    """Names of the settings that are tuples of Python functions, whose files must not change either."""
+
     seed: int = 0
     """Seed of the data, the initial weights and all samples."""
     out: str | None = None

@@ -25,12 +25,13 @@ _POSITIVE = (
     *("evaluation.skills", "evaluation.pretraining_rows", "pretrain.learning_rate", "sft.learning_rate"),
     *("reward_model.learning_rate", "ppo.learning_rate", "ppo.critic_learning_rate", "ppo.clip", "ppo.value_clip"),
     *("ppo.temperature", "ppo.max_grad_norm", "ppo.ptx_ratio", "ppo.samples", "ppo.micro_batches", "ppo.adam_eps"),
-    *("ppo.kl_target", "ppo.reward_clip", "ppo.shards", "evaluation.temperature"),
+    *("ppo.kl_target", "ppo.reward_clip", "ppo.shards", "evaluation.temperature", "hosts.count", "hosts.timeout"),
+    "hosts.silence",
 )
 _NOT_NEGATIVE = (
     *("seed", "world.slips", "world.spread", "world.tie_width", "pretrain.warmup", "ppo.warmup", "ppo.kl_coef"),
     *("ppo.ptx_coef", "evaluation.transcripts", "ppo.kl_gain", "ppo.kl_loss_coef", "ppo.entropy_coef"),
-    *("ppo.value_coef", "ppo.weight_decay"),
+    *("ppo.value_coef", "ppo.weight_decay", "hosts.index"),
 )
 _SHARES = (
     *("data.max_dropped", "data.held_out", "world.lapse", "sft.mix", "ppo.lambda_", "ppo.ema", "ppo.discount"),
@@ -48,6 +49,11 @@ _OFF_POLICY = (
 def flag_name(name: str) -> str:
     """Returns the flag of a setting, such as ``--ppo.kl-coef`` for ``ppo.kl_coef``."""
     return "--" + re.sub("_(?!$)", "-", name)
+
+
+def by_flag(settings: Any) -> dict[str, Any]:
+    """Returns the values of all settings by flag, for reports."""
+    return {flag_name(name): value_of(settings, name) for name in field_names(settings)}
 
 
 def require(ok: bool, settings: Any, name: str, requirement: str) -> None:
@@ -180,6 +186,15 @@ def field_names(value: Any, prefix: str = "") -> list[str]:
     return [each for name, part in fields for each in field_names(part, f"{prefix}.{name}" if prefix else name)]
 
 
+def check_finite(settings: Any) -> None:
+    """Raises SettingError for the first setting that is NaN or infinite, or contains such a number."""
+    for name in field_names(settings):
+        value = value_of(settings, name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        ok = all(math.isfinite(each) for each in numbers if isinstance(each, float))
+        require(ok, settings, name, "finite")
+
+
 def _check_ranges(settings: Any, group: str = "") -> None:
     for name in (name for name in _POSITIVE if name.startswith(group)):
         number = value_of(settings, name)
@@ -196,6 +211,8 @@ def check_ppo(settings: Any, runs: Sequence[PPO]) -> None:
     """Raises SettingError for the first of the settings in ``settings.ppo`` that is out of range or in conflict."""
     _check_ranges(settings, "ppo.")
     ppo = settings.ppo
+    negative = "at most 0, because a positive score rewards answers that never end"
+    require(ppo.missing_stop_score <= 0, settings, "ppo.missing_stop_score", negative)
     require(ppo.ema < 1, settings, "ppo.ema", "below 1")
     require(ppo.adam_b2 < 1, settings, "ppo.adam_b2", "below 1")
     for name in ("ppo.top_k", "ppo.top_p"):
@@ -228,6 +245,7 @@ def check(settings: Settings, *, runs: Sequence[PPO] | None = None) -> None:
 
     ``runs`` are the settings of the command's RL runs; by default, a single run with ``settings.ppo``.
     """
+    check_finite(settings)
     _check_ranges(settings)
     require(0 < settings.data.held_out < 1, settings, "data.held_out", "above 0 and below 1")
     require(settings.sft.mix < 1, settings, "sft.mix", "below 1")
@@ -263,10 +281,11 @@ def check_stage(settings: Any) -> None:
 
     Only settings that the command has are checked.
     """
+    check_finite(settings)
     for name in _OF_STAGES_POSITIVE:
         number = _found(settings, name)
         require(number is None or 0 < number < math.inf, settings, name, "positive and finite")
-    for name in ("seed", "weight_decay", "epsilon", "data.held_out"):
+    for name in ("seed", "weight_decay", "epsilon", "b1", "b2", "data.held_out"):
         number = _found(settings, name)
         require(number is None or 0 <= number < math.inf, settings, name, "at least 0 and finite")
     for name in ("b1", "b2", "data.held_out"):

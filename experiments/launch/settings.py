@@ -220,7 +220,7 @@ class RL:
     correct_sampler: bool = False
     """Weight each token by its probability under the policy divided by that under the sampler, capped at 2."""
     missing_stop: Literal["replace", "subtract"] = "replace"
-    """Whether --ppo.missing-stop-score, which should be negative, replaces the score of an answer without a stop token
+    """Whether --ppo.missing-stop-score, which is at most 0, replaces the score of an answer without a stop token
     (`replace`, as in the papers) or is added to it (`subtract`)."""
     ema: float = 0.95
     """Decay of the moving average of the policy's weights that is evaluated and saved (0.992 in InstructGPT, which has
@@ -254,7 +254,7 @@ class PPO(RL):
     adam_tf1: bool = False
     """Use TensorFlow 1's Adam. It adds epsilon before the bias correction, which makes the first steps smaller."""
     missing_stop_score: float = -3.0
-    """Score for an answer without a stop token, in standard deviations of the reward."""
+    """Score for an answer without a stop token, at most 0, in standard deviations of the reward."""
 
 
 @dataclasses.dataclass(frozen=True)

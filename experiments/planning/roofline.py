@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -14,6 +13,7 @@ from planning.chips import Chip
 from planning.hlo import Collective
 from rlhf_jax import lm
 from rlhf_jax.lm import params as lm_params
+from rlhf_jax.report import console
 
 MIN_BYTES = 2**20
 """Collectives by which a chip receives fewer bytes per step share one row of the table. Collectives of smaller arrays
@@ -206,10 +206,7 @@ def show(estimate: Estimate, out: Console) -> None:
 
 
 def _new_table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
-    for i, name in enumerate(columns):
-        table.add_column(name, justify="left" if i == 0 else "right")
-    return table
+    return console.NumbersTable(*columns, title=title, title_style="bold")
 
 
 def _memory_table(estimate: Estimate) -> Table:

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 from recipe import human_comparisons
-from rich import box
 from rich.table import Table
 from sweeps import frontier_plot
 
 from preferences import cross_validation
 from rlhf_jax import diagnostics
 from rlhf_jax.data import dialogues
-from rlhf_jax.report import plots
+from rlhf_jax.report import console, plots
+from rlhf_jax.report import results as results_lib
 
 METHOD_NAMES = {"reward_model": "reward model", "tfidf": "TF-IDF regression", "shorter": "shorter wins"}
 
@@ -62,7 +62,7 @@ def accuracy_by_group(
     """
     outcomes = {m: diagnostics.win_outcomes(x, np.zeros(len(x))) for m, x in margins.items()}
     return [
-        {"group": name, "pairs": int(members_N.sum())}
+        {"group": name, "pairs": int(members_N.sum()), "clusters": len(np.unique(group_N[members_N]))}
         | {m: over_groups(x[members_N], group_N[members_N], rate=True) for m, x in outcomes.items()}
         for name, members_N in groups.items()
         if members_N.any()
@@ -112,6 +112,7 @@ def summary(
     turn_N = np.array([1 + sum(t.role == dialogues.ASSISTANT for t in pair.prompt) for pair in pairs])
     return {
         "pairs": len(pairs),
+        "clusters": {"cross-validation": len(np.unique(group_N))},
         "folds": [
             {m: float(outcome[m][test].mean()) for m in cross_validation.METHODS}
             | {name: fold[name] for name in ("train_accuracy", "tfidf_train_accuracy", "tfidf_strength")}
@@ -129,22 +130,19 @@ def summary(
 
 
 def _percent(estimate: Sequence[float], *, signed: bool = False) -> str:
-    """Formats a rate and its interval in percent."""
-    mean, low, high = (100 * x for x in estimate)
+    """Formats a rate and its interval in percent; without the interval if it has a single cluster."""
     sign = "+" if signed else ""
+    if None in estimate or list(estimate[1:]) == [0, 1] or not np.isfinite(estimate).all():
+        return f"{100 * estimate[0]:{sign}.1f}"
+    mean, low, high = (100 * x for x in estimate)
     return f"{mean:{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f})"
-
-
-def _new_table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
-    for i, title in enumerate(columns):
-        table.add_column(title, justify="right" if i else "left")
-    return table
 
 
 def _methods_table(results: Mapping[str, Any]) -> Table:
     """Returns a table with one row for each method."""
-    table = _new_table("method", "accuracy, %", "reward model's lead, points", "log loss", "calib. error", "slope")
+    table = console.NumbersTable(
+        "method", "accuracy, %", "reward model's lead, points", "log loss", "calib. error", "slope"
+    )
     for key, numbers in (results["methods"] | {"together": results["together"]}).items():
         difference = results["difference"].get(key)
         calibrated = ("", "", "")
@@ -164,9 +162,10 @@ def _methods_table(results: Mapping[str, Any]) -> Table:
 
 def groups_table(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str] = METHOD_NAMES) -> Table:
     """Returns a table of each method's accuracy on groups of pairs; ``names`` maps methods to column titles."""
-    table = _new_table("pairs", "n", *names.values())
+    table = console.NumbersTable("pairs", "n", *names.values())
     for row in rows:
-        table.add_row(row["group"], str(row["pairs"]), *(_percent(row[m]) for m in names if m in row))
+        mark = results_lib.ROUGH_MARK * results_lib.is_rough(row)
+        table.add_row(row["group"] + mark, str(row["pairs"]), *(_percent(row[m]) for m in names if m in row))
     return table
 
 

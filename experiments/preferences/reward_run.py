@@ -106,6 +106,7 @@ def _diagnose(
         "gap": list(gap),
         "held_out_pairs": len(margin_N),
         "held_out_prompts": len(np.asarray(validation.ranks_BK)),
+        "held_out_asked": len(np.unique(job.task.asked(validation))),
         **cross_validation_results.calibration(margin_N, asked_N),
         "groups": cross_validation_results.accuracy_by_group(
             _groups(job, validation, prompt_N), {"reward_model": margin_N}, asked_N

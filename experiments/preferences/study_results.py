@@ -5,21 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.table import Table
 from sweeps import frontier_plot, run_grid
 
 from rlhf_jax import diagnostics
+from rlhf_jax.report import console
 
 SHIFTED = "shifted pairs"
 
 
 def new_table(title: str, *columns: str) -> Table:
     """Returns an empty table; all columns except the first are aligned to the right."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, title=title, title_justify="left")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left")
-    return table
+    return console.NumbersTable(*columns, title=title)
 
 
 def line(method: str, runs: dict[float, list[dict[str, float]]]) -> dict[str, Any]:

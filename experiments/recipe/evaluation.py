@@ -75,6 +75,11 @@ def evaluate(
             if name not in ("base", "sft", "sft_mix"):
                 results["goodhart"][name] = reward_diagnosis.goodhart(_first(sft_mix, n), each.answers, asked_B[:n])
     results["best_of_n_curve"] = curve
+    categories = np.asarray(prompts.categories)
+    few_asked = [len(np.unique(asked_B[categories == c])) for c in np.unique(categories)]
+    results["clusters"] = {"best-of-n results": len(np.unique(asked_B[:few]))}
+    if world is not None:
+        results["clusters"]["gold utility by category"] = min(few_asked)
     results["best_of"] = settings.best_of
     if settings.temperature is not None:
         results["temperature"] = {"policies": settings.temperature, "best_of_n": job.settings.ppo.temperature}

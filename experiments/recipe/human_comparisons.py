@@ -73,7 +73,8 @@ def read_texts(data: Data, key: jax.Array) -> tuple[list[str], list[str]]:
         parts = batching.split(len(texts), fraction=data.held_out, key=key)
     except ValueError as error:
         raise errors.DataError(
-            f"{data.pretraining} has {len(texts)} documents, too few for --data.held-out {data.held_out}"
+            f"{data.pretraining} has {errors.counted(len(texts), 'documents')}, too few for --data.held-out "
+            f"{data.held_out}"
         ) from error
     train, held_out = ([texts[i] for i in part] for part in parts)
     return train, held_out
@@ -113,15 +114,15 @@ def split(
         parts = batching.split(n, fraction=data.held_out, key=key, group_N=conversation_N)
     except ValueError as error:
         raise errors.DataError(
-            f"{data.path} has {n} {'comparison' if n == 1 else 'comparisons'}, too few for --data.held-out "
+            f"{data.path} has {errors.counted(n, 'comparisons')}, too few for --data.held-out "
             f"{data.held_out}; add records or change the share"
         ) from error
     held_out = len(parts[1])
     if abs(held_out - n * data.held_out) > max(1.0, 0.1 * n * data.held_out):
         warn(
-            f"{held_out} of {n} comparisons ({held_out / n:.1%}) are held out, although --data.held-out is "
+            f"the share of held-out comparisons is {held_out / n:.1%} ({held_out} of {n}), although --data.held-out is "
             f"{data.held_out}, because conversations are not divided and the largest has "
-            f"{np.bincount(conversation_N).max()} comparisons"
+            f"{errors.counted(np.bincount(conversation_N).max(), 'comparisons')}"
         )
     train, test = ([comparisons[i] for i in part] for part in parts)
     return train, test

@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import pathlib
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from launch import device_mesh, host_agreement, initial_model, mesh_settings, process_setup, run_folder
+from launch import device_mesh, elapsed_time, host_agreement, initial_model, mesh_settings, run_folder
 from launch.run_settings import RunSettings
 from launch.settings import Settings
 from rich.console import Console
@@ -144,9 +143,14 @@ def open_folder(
     saved, prepared = prepare(resolved, mesh)
     folder = _open_folder(path, saved)
     print_line(out, f"{'resuming' if settings.resume else 'writing to'} {folder.path}")
-    with folder.log, _make_progress(stages(prepared) if callable(stages) else stages) as progress:
-        folder.print_note = progress.message
-        yield OpenRun(resolved, folder, progress, mesh, prepared)
+    weights = stages(prepared) if callable(stages) else stages
+    try:
+        with folder.log, make_progress(weights, folder) as progress:
+            folder.print_note = progress.message
+            yield OpenRun(resolved, folder, progress, mesh, prepared)
+    finally:
+        if group.first:
+            folder.elapsed.save()
 
 
 def describe(run: OpenRun, cfg: lm.LMConfig, out: Console) -> None:
@@ -170,9 +174,23 @@ def _open_folder(path: pathlib.Path, settings: RunSettings) -> run_folder.RunFol
     return run_folder.RunFolder(path, host_agreement.ReadOnlyLog(path))
 
 
-def _make_progress(weights: Sequence[tuple[str, float]]) -> console.StageProgress:
+class _TimedProgress(console.StageProgress):
+    """Shows the progress of a run and saves the time that its processes have taken."""
+
+    def __init__(self, stages: Sequence[tuple[str, float]], elapsed: elapsed_time.ElapsedTime) -> None:
+        super().__init__(stages, elapsed=elapsed.total)
+        self._time = elapsed
+        elapsed.save()
+
+    def update(self, stage: str, done: int, total: int, metrics: Mapping[str, Any] | None = None) -> None:
+        super().update(stage, done, total, metrics)
+        self._time.tick()
+
+
+def make_progress(weights: Sequence[tuple[str, float]], folder: run_folder.RunFolder) -> console.StageProgress:
+    """Returns the progress display of a run, which only the first host shows."""
     if hosts.current().first:
-        return console.StageProgress(weights, elapsed=time.time() - process_setup.START_TIME)
+        return _TimedProgress(weights, folder.elapsed)
     return console.StageProgress(weights, console=Console(quiet=True), live=False)
 
 

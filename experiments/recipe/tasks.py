@@ -206,7 +206,7 @@ def _world_task(settings: Settings, model: initial_model.InitialModel | None) ->
     world = world_lib.make_world(settings.seed)
     fmt = chat.chat_format(tokenizers.word_level(lexicon.WORDS)) if model is None else model.fmt
     in_world_words = world_words.is_world_tokenizer(fmt)
-    dropped = errors.DropCount(max_dropped=settings.data.max_dropped)
+    dropped = errors.DropCount(max_dropped=settings.data.max_dropped, flag="--data.max-dropped")
     sets = prompts.split_prompts(world, settings.seed)
 
     rng = _stream(settings, DEMONSTRATIONS)
@@ -316,7 +316,7 @@ def _dialogue_task(settings: Settings, model: initial_model.InitialModel | None)
     P, T = data.prompt_width, data.response_width
     if model is not None:
         model.check_widths(P, T, source="--data.prompt-width and --data.response-width")
-    dropped = errors.DropCount(max_dropped=data.max_dropped)
+    dropped = errors.DropCount(max_dropped=data.max_dropped, flag="--data.max-dropped")
     rankings = human_comparisons.read(data, dropped)
     notes: list[str] = []
     train, held_out = human_comparisons.split(data, rankings, jax.random.key(settings.seed), warn=notes.append)
@@ -335,7 +335,9 @@ def _dialogue_task(settings: Settings, model: initial_model.InitialModel | None)
         fitting = [part[i] for i in indices]
         rows, _ = encoding.ranking_rows(fmt, ids, fitting, counts=width_counts, **widths)
         if part and not len(rows.ranks_BK):
-            raise errors.DataError(f"{data.path}: none of {len(part)} comparisons is usable ({width_counts.report()})")
+            raise errors.DataError(
+                f"{data.path}: none of {errors.counted(len(part), 'comparisons')} is usable ({width_counts.report()})"
+            )
         sets.append((ids, fitting, rows, _dialogue_prompts(ids, fitting, P, fmt.pad_id, conversation_B[indices])))
     (train_ids, train, train_rows, train_prompts), (_, held_out, held_rows, held_prompts) = sets
     key = jax.random.key(settings.seed)
@@ -404,7 +406,9 @@ def _encoded_prompts(
     turns, tools = [each.prompt for each in asked], [each.tools for each in asked]
     ids, kept = chat.encode_prompts(fmt, turns, width=width, counts=counts, tools=tools)
     if not ids:
-        raise errors.DataError(f"none of {len(asked)} prompts in --data.prompts is usable ({counts.report()})")
+        raise errors.DataError(
+            f"none of {errors.counted(len(asked), 'prompts')} in --data.prompts is usable ({counts.report()})"
+        )
     conversation_B = human_comparisons.conversation_ids(asked)[kept]
     return _dialogue_prompts(ids, [asked[i] for i in kept], width, fmt.pad_id, conversation_B)
 

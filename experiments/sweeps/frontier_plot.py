@@ -7,10 +7,10 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich import box
+from launch import setting_checks
 from rich.table import Table
 
-from rlhf_jax.report import plots
+from rlhf_jax.report import console, plots
 
 _SWEEP_FIGURES = (
     ("gold", "Gold utility"),
@@ -153,9 +153,7 @@ def costs_table(methods: Rows) -> Table:
 
 def text_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """Returns a table for the terminal, with all columns but the first aligned on the right."""
-    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False, title=title, title_justify="left")
-    for place, name in enumerate(header):
-        grid.add_column(name, justify="right" if place else "left", overflow="fold")
+    grid = console.NumbersTable(*header, title=title)
     for row in rows:
         grid.add_row(*row)
     return grid
@@ -193,12 +191,11 @@ def write_page(path: pathlib.Path, title: str, figures: Sequence[str], note: str
 def table(points: Sequence[Mapping[str, Any]], *, swept: Sequence[str]) -> Table:
     """Returns a table of means with their intervals over seeds, one row per combination of the settings ``swept``."""
     names = [name for name in points[0] if name not in swept]
-    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
-    for name in (*swept, *names):
-        grid.add_column(words(name), justify="right")
+    grid = console.NumbersTable(
+        " / ".join(setting_checks.flag_name(f"ppo.{name}") for name in swept), *map(words, names)
+    )
     for point in points:
-        values = (f"{point[name]:g}" for name in swept)
-        grid.add_row(*values, *(interval_text(point[name]) for name in names))
+        grid.add_row(" / ".join(f"{point[name]:g}" for name in swept), *(interval_text(point[name]) for name in names))
     return grid
 
 

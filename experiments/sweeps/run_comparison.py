@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from launch import config_file, run_folder
+from launch import config_file, run_folder, setting_checks
 from launch.settings import SettingError
 
 from rlhf_jax import diagnostics, metrics
+from rlhf_jax.data import errors
 from rlhf_jax.report import metric_display, plots
 from rlhf_jax.report import results as results_lib
 from sweeps import frontier_plot
@@ -119,12 +120,13 @@ def group(runs: Sequence[Run], labels: Sequence[str] = ()) -> list[Group]:
     if labels and len(labels) != len(groups):
         first = ", ".join(each.runs[0].path for each in groups)
         raise SettingError(
-            f"--labels names {len(labels)} instead of {len(groups)} groups of runs that differ only in the seed; give "
-            f"one label per group, in the order of their first runs: {first}"
+            f"--labels names {len(labels)} instead of {errors.counted(len(groups), 'groups')} of runs that differ only "
+            f"in the seed; give one label per group, in the order of their first runs: {first}"
         )
     differ = differences(groups)
     if not labels and 1 <= len(differ) <= 2:
-        labels = [", ".join(f"{name} {values[i]}" for name, values in differ.items()) for i in range(len(groups))]
+        rows = [(_shown(name), values) for name, values in differ.items()]
+        labels = [", ".join(f"{name} {values[i]}" for name, values in rows) for i in range(len(groups))]
     elif not labels:
         names = [pathlib.Path(each.label).name for each in groups]
         labels = [name if names.count(name) == 1 else each.label for name, each in zip(names, groups)]
@@ -146,8 +148,14 @@ def differences(groups: Sequence[Group]) -> dict[str, list[Any]]:
 
 def settings_table(groups: Sequence[Group]) -> Table:
     """Returns the differences between the groups' settings, one column per group."""
-    rows = [[name, *map(str, values)] for name, values in differences(groups).items()]
+    rows = [[_shown(name), *map(str, values)] for name, values in differences(groups).items()]
     return [["", *(each.label for each in groups)], *rows]
+
+
+def _shown(name: str) -> str:
+    """Returns the flag of a setting; the command has none."""
+    file = name.removesuffix(_DIGEST)
+    return name if name == "command" else setting_checks.flag_name(file) + name.removeprefix(file)
 
 
 def results(group: Group) -> dict[str, results_lib.Interval]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 
 
 class DataError(ValueError):
@@ -31,6 +32,18 @@ class MissingFieldError(DataError):
 def location(path: str | os.PathLike[str], line: int) -> str:
     """Returns ``"PATH, line N"``, the form in which all messages refer to a line of a file."""
     return f"{os.fspath(path)}, line {line}"
+
+
+def counted(n: int, things: str) -> str:
+    """Returns a number with what it counts, whose first plural is made singular for one.
+
+    >>> from rlhf_jax.data import errors
+    >>> errors.counted(2, "held-out pairs"), errors.counted(1, "held-out pairs"), errors.counted(1, "policies")
+    ('2 held-out pairs', '1 held-out pair', '1 policy')
+    """
+    if n == 1:
+        things = re.sub(r"(ie)?s\b", lambda found: "y" * bool(found[1]), things, count=1)
+    return f"{n} {things}"
 
 
 @dataclasses.dataclass
@@ -62,6 +75,8 @@ class DropCount:
     unused: dict[str, int] = dataclasses.field(default_factory=dict)
     """Number of records by field that contains text and is not used, except as metadata."""
     noted: dict[str, int] = dataclasses.field(default_factory=dict)
+    flag: str | None = None
+    """What error messages call the limit of the share of dropped records; by default, ``max_dropped``."""
 
     def __post_init__(self) -> None:
         """Raises ValueError if a limit is not between 0 and 1."""
@@ -83,7 +98,7 @@ class DropCount:
 
     def stage(self) -> DropCount:
         """Returns an empty count with the same limits."""
-        return DropCount(max_dropped=self.max_dropped, max_truncated=self.max_truncated)
+        return DropCount(max_dropped=self.max_dropped, max_truncated=self.max_truncated, flag=self.flag)
 
     def add(self, stage: DropCount, *, records: int, source: str) -> None:
         """Adds the counts of a stage that received ``records`` records, then calls `check` on the stage."""
@@ -96,7 +111,7 @@ class DropCount:
     def check(self, records: int, *, source: str) -> None:
         """Raises DataError, naming ``source``, if the share of dropped or truncated records exceeds its limit."""
         limits = (
-            ("dropped", self.dropped, self.max_dropped, "max_dropped"),
+            ("dropped", self.dropped, self.max_dropped, self.flag or "max_dropped"),
             ("truncated", self.truncated, self.max_truncated, "max_truncated"),
         )
         for verb, counts, limit, name in limits:
@@ -104,7 +119,8 @@ class DropCount:
             if limit is not None and n > limit * records:
                 share = n / records if records else 1.0
                 raise DataError(
-                    f"{source}: {n} of {records} records were {verb} ({_by_reason(counts)}), which is "
+                    f"{source}: {n} of {counted(records, 'records')} {'was' if n == 1 else 'were'} {verb} "
+                    f"({_by_reason(counts)}), which is "
                     f"{share:.1%}, more than {name} = {limit:.1%}; correct these records or raise the limit"
                 )
 

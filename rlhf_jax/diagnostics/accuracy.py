@@ -24,6 +24,8 @@ class Stratum(NamedTuple):
     """The label; None for pairs without a label."""
     accuracy: intervals.Estimate
     count: int
+    clusters: int
+    """Number of independent clusters of the pairs, such as prompts, on which the interval rests."""
 
 
 class Bucket(NamedTuple):
@@ -109,7 +111,12 @@ def accuracy_by_stratum(
     names, index = intervals.label_indices(labels, len(chosen), "labels")
     rows = {name: np.flatnonzero(index == i) for i, name in enumerate(names)}
     return [
-        Stratum(name, rate(chosen, rejected, rows=rows[name], groups=groups, confidence=confidence), len(rows[name]))
+        Stratum(
+            name,
+            rate(chosen, rejected, rows=rows[name], groups=groups, confidence=confidence),
+            count=len(rows[name]),
+            clusters=len(rows[name] if groups is None else np.unique(groups[rows[name]])),
+        )
         for name in _ordered(names)
     ]
 

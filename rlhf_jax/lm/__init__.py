@@ -13,7 +13,7 @@ from rlhf_jax.lm.distributions import TopK, token_kl, token_listed_logprobs, tok
 from rlhf_jax.lm.embedding import check_ids, resize
 from rlhf_jax.lm.heads import with_head, without_head
 from rlhf_jax.lm.hub import peft
-from rlhf_jax.lm.hub.directory import load, load_config, load_normalisation, load_stop_ids, save
+from rlhf_jax.lm.hub.directory import has_head, load, load_config, load_normalisation, load_stop_ids, save
 from rlhf_jax.lm.logprobs import (
     TokenStats,
     entropy,
@@ -42,6 +42,7 @@ __all__ = [
     "entropy",
     "forward",
     "greedy_matches",
+    "has_head",
     "heads",
     "init",
     "load",

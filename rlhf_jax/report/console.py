@@ -2,19 +2,95 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rich import box
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from rlhf_jax.data import errors
 from rlhf_jax.report import results as results_lib
+
+
+class NumbersTable(Table):
+    """A table whose first column has names, for terminals of any width: numbers are neither wrapped nor cut off.
+
+    If the table is too wide, names and headings wrap. If that is not enough, the other columns are divided among
+    several tables below each other, each with the names.
+
+    Args:
+        names: Headings of the columns, of which all but the first are aligned to the right.
+        **options: Options of `rich.table.Table`.
+    """
+
+    def __init__(self, *names: str, **options: Any) -> None:
+        """Creates the columns."""
+        defaults: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1), "show_edge": False, "pad_edge": False}
+        super().__init__(**(defaults | options))
+        for name in names:
+            self.add_column(name, justify="right" if self.columns else "left", overflow="fold")
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Renders one table or several."""
+        unlimited = options.update_width(_UNLIMITED)
+        names = self._part([0])
+        least = min(names.__rich_measure__(console, unlimited).maximum, max(_NAME_WIDTH, options.max_width // 3))
+
+        def width(indices: list[int], *, wrap: bool) -> int:
+            """Returns the width of a table of these columns, in which the names have their least width."""
+            part = self._part([0, *indices], wrap=wrap)
+            natural, whole = (each.__rich_measure__(console, unlimited).maximum for each in (names, part))
+            return whole - natural + least
+
+        every = list(range(1, len(self.columns)))
+        wrap = width(every, wrap=False) > options.max_width
+        if self.title:
+            yield Text(str(self.title), style=self.title_style or "italic")
+        groups: list[list[int]] = [[]]
+        for i in every:
+            if groups[-1] and width([*groups[-1], i], wrap=wrap) > options.max_width:
+                groups.append([])
+            groups[-1].append(i)
+        for place, group in enumerate(groups):
+            alone = len(group) == 1 and width(group, wrap=wrap) > options.max_width
+            part = self._part([0, *group], wrap=wrap, fold=alone)
+            if place:
+                yield Text("")
+            yield from Table.__rich_console__(part, console, options)
+        if self.caption:
+            yield Text(str(self.caption), style="dim")
+
+    def _part(self, indices: Sequence[int], *, wrap: bool = False, fold: bool = False) -> NumbersTable:
+        """Returns a table of some columns; ``wrap`` wraps their headings, and ``fold`` also their cells."""
+        part = copy.copy(self)
+        part.title = part.caption = None
+        part.columns = []
+        for place, i in enumerate(indices):
+            column = self.columns[i]
+            header = column.header
+            if wrap and place and isinstance(header, str):
+                longest = max((len(line) for cell in column.cells for line in str(cell).splitlines()), default=0)
+                wide = max(longest, _HEADING_WIDTH)
+                parts = textwrap.wrap(header, wide, break_on_hyphens=False, break_long_words=False)
+                header = "\n".join(parts)
+            part.columns.append(
+                dataclasses.replace(column, header=header, no_wrap=place > 0 and not fold, _index=place)  # type: ignore
+            )
+        return part
+
+
+_UNLIMITED = 10_000
+_NAME_WIDTH, _HEADING_WIDTH = 24, 10
+"""Widths below which names and headings are not wrapped."""
 
 
 def results_table(results: Mapping[str, Any]) -> Table:
@@ -60,7 +136,7 @@ def _cell(mean: str, bounds: str, width: int) -> Text:
 def _caption(results: Mapping[str, Any]) -> list[str]:
     differs = results_lib.best_of_n_differs(results)
     parts = [*_gap_closed(results), *([differs] if differs else []), *_reward_model(results)]
-    return [*parts, *results_lib.run_facts(results)]
+    return [*parts, *results_lib.rough_intervals(results), *results_lib.run_facts(results)]
 
 
 def _gap_closed(results: Mapping[str, Any]) -> list[str]:
@@ -234,7 +310,7 @@ class StageProgress:
             place = f" in {self._heading(stage.name)} at step {stage.done}/{stage.total}" if stage else ""
             self._print(f"stopped{place} after {seconds}")
         else:
-            self._print(f"{len(self._finished)} of {len(self._weights)} stages done")
+            self._print(f"{len(self._finished)} of {errors.counted(len(self._weights), 'stages')} done")
 
     def start(self, stage: str, total: int, *, done: int = 0) -> None:
         """Starts a stage of ``total`` steps, of which an earlier run completed ``done``."""
@@ -243,7 +319,10 @@ class StageProgress:
         self._last_line, self._metrics, self._finished = now, "", self._finished - {stage}
         self._stage = _Stage(stage, done, done, total, now)
         if not self._live:
-            self._print(f"{self._heading(stage)}: {total} steps" + (f", resumed after {done}" if done else ""))
+            self._print(
+                f"{self._heading(stage)}: {errors.counted(total, 'steps')}"
+                + (f", resumed after {done}" if done else "")
+            )
 
     def update(self, stage: str, done: int, total: int, metrics: Mapping[str, Any] | None = None) -> None:
         """Records the progress of a stage; cheap enough to call after every step.
@@ -293,7 +372,7 @@ class StageProgress:
         self._stage, self._finished = None, self._finished | {stage}
         self._durations += ((share * self._weights[stage], seconds),)
         duration = results_lib.seconds_text(seconds)
-        self._print(f"{self._heading(stage)} done: {steps} steps in {duration} · {self._times()}")
+        self._print(f"{self._heading(stage)} done: {errors.counted(steps, 'steps')} in {duration} · {self._times()}")
 
     def skip(self, stage: str) -> None:
         """Marks a stage as done without running it, for example because it was restored."""

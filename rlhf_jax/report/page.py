@@ -98,7 +98,7 @@ def render(
     return template.from_string(text).render(
         title=title,
         colors=plots.COLORS,
-        headline=results_lib.headline(results),
+        headlines=results_lib.headlines(results),
         summary=results_lib.summary(results),
         facts=results_lib.run_facts(results),
         table_main=table(results, results_lib.columns(results)),
@@ -223,7 +223,8 @@ def _reward_model(results: Mapping[str, Any]) -> list[Figure]:
             reward_plots.strata(model.get("strata"), model.get("accuracy")),
             "Accuracy by group",
             "Accuracy on the n pairs of each group, with 95 % intervals. A tie counts one half. The dotted line is "
-            "the accuracy on all pairs.",
+            "the accuracy on all pairs. A star marks groups of fewer than 20 independent conversations, whose "
+            "intervals are rough.",
         ),
         (
             reward_plots.generalisation(model.get("gap")),

@@ -11,6 +11,8 @@ import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from rlhf_jax.data import errors
+
 POLICIES = {
     "base": "base",
     "sft": "SFT",
@@ -37,6 +39,14 @@ DIRECT_METHODS = {
 
 MAIN_POLICIES = ("ppo_ptx", "ppo", *DIRECT_METHODS, "best_of_n")
 """The headline describes the first of these policies that has a win rate or, if none has one, a reward."""
+
+MOST_HEADLINES = 6
+"""Maximum number of sentences about policies and judges in the headline."""
+
+FEW_CLUSTERS = 20
+"""Number of independent clusters, such as conversations, below which `rough_intervals` warns about intervals.
+
+Student's t accounts for few clusters only if these are alike, and the jackknife variance of few clusters is noisy."""
 
 MISSING = "–"
 
@@ -170,8 +180,44 @@ def format_number(x: float, *, percent: bool = False, digits: int = 1) -> str:
     return text.replace("-", "−")
 
 
+def rough_intervals(results: Mapping[str, Any]) -> list[str]:
+    """Returns a sentence about each result whose intervals rest on fewer than `FEW_CLUSTERS` independent clusters.
+
+    The numbers of clusters by result are ``clusters`` in the results; those of evaluations and of reward models are
+    also read from their own fields. Strata have their own numbers of clusters (see `is_rough`).
+
+    Example:
+        >>> from rlhf_jax.report import results
+        >>> results.rough_intervals({"clusters": {"held-out loss": 6, "accuracy": 20}})
+        ['the intervals of the held-out loss are rough: they rest on only 6 independent conversations (below 20)']
+    """
+    counts = {
+        "evaluation": (results.get("held_out") or {}).get("asked"),
+        "reward model": (results.get("reward_model") or {}).get("held_out_asked"),
+        **(results.get("clusters") or {}),
+    }
+    return [
+        f"the intervals of the {name} are rough: they rest on only {n} independent conversations (below {FEW_CLUSTERS})"
+        if n > 1
+        else f"the {name} has no intervals, because it rests on a single independent conversation"
+        for name, n in counts.items()
+        if n and n < FEW_CLUSTERS
+    ]
+
+
+def is_rough(stratum: Mapping[str, Any]) -> bool:
+    """Returns whether the interval of a stratum rests on fewer than `FEW_CLUSTERS` independent clusters."""
+    return (stratum.get("clusters") or FEW_CLUSTERS) < FEW_CLUSTERS
+
+
+ROUGH_MARK, ROUGH_NOTE = "*", f"* fewer than {FEW_CLUSTERS} independent conversations: the interval is rough"
+"""Mark of strata for which `is_rough` is true, and its explanation."""
+
+
 def format_parts(value: Any, *, percent: bool = False, digits: int = 1) -> tuple[str, str]:
     """Returns a value and its interval as strings; without an interval, the second string is empty.
+
+    The interval from 0 to 1, which is that of a rate in a single cluster, counts as none.
 
     Example:
         >>> from rlhf_jax.report import results
@@ -191,6 +237,8 @@ def format_parts(value: Any, *, percent: bool = False, digits: int = 1) -> tuple
         format_number(x, percent=percent, digits=digits) if x is not None and math.isfinite(x) else ""
         for x in (parsed.low, parsed.high)
     )
+    if (parsed.low, parsed.high) == (0.0, 1.0):
+        return mean, ""
     if not (low and high):
         return mean, f"from {low}" if low else f"up to {high}" if high else ""
     # "−3.0 to −1.0", because a dash between negative numbers looks like a minus sign.
@@ -221,9 +269,19 @@ def headline(results: Mapping[str, Any]) -> str:
 
     Without a win rate, the sentence describes reward-model scores; without policies, the reward model's accuracy.
     """
+    return headlines(results)[0]
+
+
+def headlines(results: Mapping[str, Any]) -> list[str]:
+    """Returns the main result, with one sentence per policy and judge if policies are compared with a baseline.
+
+    If there are more than `MOST_HEADLINES`, only the best policy of each judge has a sentence.
+    """
+    return _against_baseline(results) or [_main_result(results)]
+
+
+def _main_result(results: Mapping[str, Any]) -> str:
     names = policies(results)
-    if sentences := _against_baseline(results):
-        return sentences[0]
     for name in MAIN_POLICIES:
         rate = finite(value(results, name, "gold_win_rate_vs_sft")) if name in names else None
         if rate is not None:
@@ -244,18 +302,24 @@ def headline(results: Mapping[str, Any]) -> str:
             )
     if not names and (sentence := _reward_model(results)):
         return sentence
-    return f"Results of {len(names)} {'policy' if len(names) == 1 else 'policies'}."
+    return f"Results of {errors.counted(len(names), 'policies')}."
 
 
 def _against_baseline(results: Mapping[str, Any]) -> list[str]:
     """Returns a sentence about the win rate of each policy against the policy that the results call the baseline."""
-    other = label(str(results.get("baseline") or ""))
-    rates = {name: finite(value(results, name, "win_rate")) for name in policies(results) if other}
-    return [
-        f"{label(name)} {_verdict(rate, other)} of answers{_interval_text(rate)}."
-        for name, rate in rates.items()
-        if rate is not None
-    ]
+    if not (other := label(str(results.get("baseline") or ""))):
+        return []
+    found: dict[str, list[tuple[float, str]]] = {}
+    for name in policies(results):
+        for judge in results.get("judges") or [""]:
+            row = (value(results, name, "judges") or {}).get(judge) if judge else results["policies"][name]
+            rate = finite((row or {}).get("win_rate"))
+            if rate is not None:
+                text = f"{label(name)} {_verdict(rate, other)} of answers{_interval_text(rate)}"
+                found.setdefault(judge, []).append((rate.mean, f"{text}, judged by {judge}." if judge else f"{text}."))
+    if sum(map(len, found.values())) <= MOST_HEADLINES:
+        return [text for sentences in found.values() for _, text in sentences]
+    return [f"The best of {len(sentences)} policies: {max(sentences)[1]}" for sentences in found.values()]
 
 
 def _verdict(rate: Interval, other: str = "SFT") -> str:
@@ -277,8 +341,8 @@ def summary(results: Mapping[str, Any]) -> list[str]:
     """Returns further sentences about the results; sentences whose numbers are missing are omitted."""
     reward_model = _reward_model(results) if policies(results) else ""  # otherwise it is the headline
     sentences = (_heldout(results), _gap_closed(results), reward_model, _implicit_reward(results))
-    others = _against_baseline(results)[1:]
-    return [s for s in (*others, *sentences, _alignment_tax(results), _ptx(results)) if s]
+    rough = [f"{text[0].upper()}{text[1:]}." for text in rough_intervals(results)]
+    return [s for s in (*rough, *sentences, _alignment_tax(results), _ptx(results)) if s]
 
 
 def gap_closed(results: Mapping[str, Any]) -> str:

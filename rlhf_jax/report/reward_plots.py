@@ -39,7 +39,11 @@ def strata(groups: Mapping[str, Sequence[Numbers]] | None, overall: Any = None) 
     rows: list[tuple[str, results_lib.Interval | None]] = []
     for name, members in (groups or {}).items():
         accuracies = [(each, results_lib.finite(each.get("accuracy"))) for each in members]
-        group = [(f"{_name(each)} (n = {each['count']})", accuracy) for each, accuracy in accuracies if accuracy]
+        group = [
+            (f"{_name(each)} (n = {each['count']}){results_lib.ROUGH_MARK * results_lib.is_rough(each)}", accuracy)
+            for each, accuracy in accuracies
+            if accuracy
+        ]
         # A single criterion needs no heading.
         rows += [(name, None), *group] if group and len(groups or {}) > 1 else group
     return _rates(rows, xlabel="Accuracy (%)", line=results_lib.finite(overall))

@@ -21,6 +21,7 @@ import numpy as np
 
 from rlhf_jax import checkpoint
 from rlhf_jax import metrics as metrics_lib
+from rlhf_jax.data import errors
 from rlhf_jax.train.optim import nonfinite
 
 Log = Callable[[int, dict[str, float]], None]
@@ -37,7 +38,8 @@ class Preempted(Exception):
 
     def __init__(self, stage: str, step: int, *, saved: bool) -> None:
         """Builds the message from the attributes."""
-        super().__init__(f"{stage or 'training'} was stopped after {step} iterations; {_saved_text(saved)}")
+        done = errors.counted(step, "iterations")
+        super().__init__(f"{stage or 'training'} was stopped after {done}; {_saved_text(saved)}")
         self.stage, self.step, self.saved = stage, step, saved
 
 
@@ -60,7 +62,7 @@ class Alarmed(Exception):
             step: Number of iterations done.
             saved: Whether a checkpoint of this step is on disk.
         """
-        stopped = f"an alarm ({reason}) stopped {stage or 'training'} after {step} iterations"
+        stopped = f"an alarm ({reason}) stopped {stage or 'training'} after {errors.counted(step, 'iterations')}"
         super().__init__(f"{stopped}; {_saved_text(saved)}")
         self.reason, self.stage, self.step, self.saved = reason, stage, step, saved
 
@@ -176,7 +178,8 @@ class _Reporter:
             self.warn(f"{stage}: skipped step {done}: {reason}; further skips appear only in the metric 'skipped'")
         if self.skipped >= self.max_skipped and not self.diverged:
             self.diverged = (
-                f"{stage} skipped {self.skipped} steps in a row, the last at step {done} of {self.total}: {reason}; "
+                f"{stage} skipped {errors.counted(self.skipped, 'steps')} in a row, the last at step {done} of "
+                f"{self.total}: {reason}; "
                 "the weights are those of the last finite step"
             )
 

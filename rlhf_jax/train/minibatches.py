@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from rlhf_jax.data import errors
 from rlhf_jax.masking import AxisName
 
 
@@ -60,7 +61,8 @@ def minibatches(
     local_shards = shards // devices
     if rows % (local_shards * count):
         blocks = "" if local_shards == 1 else f" with equally many rows from each of {local_shards} shards"
-        raise ValueError(f"a batch of {rows} responses does not divide evenly into {count} minibatches{blocks}")
+        size = errors.counted(rows, "responses")
+        raise ValueError(f"a batch of {size} does not divide evenly into {count} minibatches{blocks}")
     keys_E = jax.random.split(rng, epochs)
     if shards == 1:
         keys_ES = keys_E[:, None]

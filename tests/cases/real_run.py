@@ -25,6 +25,7 @@ def human_results():
     found = results()
     for name in ("null_check", "best_possible_gold", "goodhart"):
         del found[name]
+    del found["clusters"]["gold utility by category"]
     for name, policy in found["policies"].items():
         found["policies"][name] = {key: value for key, value in policy.items() if key in OF_HUMAN_DATA}
     for point in found["best_of_n_curve"]:

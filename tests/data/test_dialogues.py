@@ -132,7 +132,7 @@ def test_too_many_unusable_records_are_an_error_that_names_the_counts(tmp_path):
     with pytest.raises(errors.DataError) as error:
         readers.read_rankings(path)
     assert str(error.value) == (
-        f"{path}: 1 of 99 records were dropped (empty answer 1), which is 1.0%, more than max_dropped = 1.0%; "
+        f"{path}: 1 of 99 records was dropped (empty answer 1), which is 1.0%, more than max_dropped = 1.0%; "
         "correct these records or raise the limit"
     )
     write(path, [record(" ", " bad")] + [record()] * 99)
@@ -236,7 +236,7 @@ def test_truncated_records_have_a_separate_limit_that_is_off_by_default():
     counts.check(1, source="here")
     strict = errors.DropCount(max_truncated=0.0)
     strict.truncate("cut")
-    with pytest.raises(errors.DataError, match=r"1 of 10 records were truncated .*more than max_truncated = 0"):
+    with pytest.raises(errors.DataError, match=r"1 of 10 records was truncated .*more than max_truncated = 0"):
         strict.check(10, source="here")
     with pytest.raises(ValueError, match="max_dropped must be a share from 0 to 1, got 2"):
         errors.DropCount(max_dropped=2)

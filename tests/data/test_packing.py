@@ -80,7 +80,7 @@ def test_sequences_that_are_too_long_are_counted():
     assert pack(sequences, width=4, counts=counts, truncate=True).mask_BL.sum() == 31
     assert counts.truncated == {"truncated to the row width": 1} and not counts.dropped
     with pytest.raises(
-        errors.DataError, match=r"packed sequences: 1 of 10 records were dropped \(longer than a row 1\)"
+        errors.DataError, match=r"packed sequences: 1 of 10 records was dropped \(longer than a row 1\)"
     ):
         pack(sequences, width=4)
     with pytest.raises(errors.DataError, match="2 sequences need 2 rows of 4, more than rows = 1"):

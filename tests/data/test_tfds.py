@@ -191,7 +191,7 @@ def test_data_sets_that_cannot_be_prepared_are_errors(data_dir, tmp_path):
         with pytest.raises(errors.DataError, match="is not a valid name for a split"):
             tfds_builder.prepare(tfds_builder.RlhfPrompts, "d", {split: good}, data_dir=tmp_path)
     flawed = write(tmp_path / "c.jsonl", [{"prompt": "a"}, {"prompt": ""}])
-    with pytest.raises(errors.DataError, match=r"1 of 2 records were dropped \(empty prompt 1\)"):
+    with pytest.raises(errors.DataError, match=r"1 of 2 records was dropped \(empty prompt 1\)"):
         tfds_builder.prepare(tfds_builder.RlhfPrompts, "c", {"train": flawed}, data_dir=tmp_path)
     counts = errors.DropCount(max_dropped=0.5)
     assert tfds_builder.prepare(

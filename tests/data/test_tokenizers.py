@@ -245,7 +245,7 @@ def test_a_prompt_whose_last_turn_is_too_long_is_dropped_and_counted(words):
     assert kept.tolist() == [1, 4]
     assert kept.dtype == np.int64
     assert counts.dropped == {"prompt too long": 1, "no user turn": 2}
-    with pytest.raises(errors.DataError, match=r"prompts: 1 of 2 records were dropped \(prompt too long 1\)"):
+    with pytest.raises(errors.DataError, match=r"prompts: 1 of 2 records was dropped \(prompt too long 1\)"):
         chat.encode_prompts(format_of(words), [TURNS, short], width=4, counts=errors.DropCount())
 
 

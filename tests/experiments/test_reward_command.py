@@ -129,8 +129,8 @@ def test_a_share_that_whole_conversations_do_not_allow_is_a_warning():
     train, held_out, (note,) = split(pairs)
     assert (len(train), len(held_out)) == (150, 50)
     assert note == (
-        "50 of 200 comparisons (25.0%) are held out, although --data.held-out is 0.1, because conversations are not "
-        "divided and the largest has 50 comparisons"
+        "the share of held-out comparisons is 25.0% (50 of 200), although --data.held-out is 0.1, because "
+        "conversations are not divided and the largest has 50 comparisons"
     )
     with pytest.raises(errors.DataError, match=r"x\.jsonl has 4 comparisons, too few for --data\.held-out 0\.1"):
         split(pairs[::50])

@@ -265,7 +265,7 @@ OWN = {field.name for each in COMMANDS.values() for field in dataclasses.fields(
 def has_effect(command: Any, arguments: Any, changes: Any, name: str, before: dry_run.Observed, folder: Any) -> bool:
     """Returns whether a changed setting changes the run; --data.max-dropped must make it end at an unusable record."""
     if name == "data.max_dropped":
-        with pytest.raises(errors.DataError, match="1 of 90 records were dropped"):
+        with pytest.raises(errors.DataError, match="1 of 90 records was dropped"):
             dry_run.observe(command, arguments, changes, folder)
         return True
     return bool(before.differences(dry_run.observe(command, arguments, changes, folder)))

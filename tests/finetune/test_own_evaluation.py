@@ -6,13 +6,18 @@ import pathlib
 import types
 from typing import Any
 
+import dpo
 import evaluate
+import instructgpt
 import jax.numpy as jnp
 import numpy as np
+import ppo
 import pytest
+import reward_model as reward_model_command
 import sample
+import sft
 import word_models
-from finetune import answers, reward_functions
+from finetune import answers, policy_functions, reward_functions
 from judging import compared_policies, judges, reward_scores
 from launch import initial_model, run_folder
 from launch import settings as launch_settings
@@ -145,7 +150,7 @@ def test_long_prompts_lose_their_oldest_turns_and_are_counted(policies, prompts,
     ("flags", "message"),
     [
         (["--n", "0"], "--n is 0; it must be at least 1"),
-        (["--temperature", "-1"], "--temperature is -1.0; it must be between 0 and"),
+        (["--temperature", "-1"], "--temperature is -1.0; it must be at least 0"),
         (["--top-p", "0"], "--top-p is 0.0; it must be above 0 and at most 1"),
         (["--mesh.data", "3"], "--batch is 16; it must be a multiple of 3"),
     ],
@@ -234,11 +239,12 @@ def test_a_reward_function_is_loaded_from_a_module_or_a_file(tmp_path, monkeypat
         np.testing.assert_array_equal(scores, [4, 1])
     with_records = reward_functions.load("own_rewards:column")([prompt], ["a"], [{"weight": 7}])
     np.testing.assert_array_equal(with_records, [7])
-    with pytest.raises(errors.DataError, match=r"failed: KeyError: 'weight' \(.*own_rewards.py, line 8\)"):
+    error = run_folder.SettingError
+    with pytest.raises(error, match=r"failed on 1 answer: KeyError: 'weight' \(.*own_rewards.py, line 8: "):
         reward_functions.load("own_rewards:column")([prompt], ["a"], [{}])
-    with pytest.raises(errors.DataError, match="it must return one number per answer"):
+    with pytest.raises(error, match=r"returned 1\.0 for 2 answers; it must return one finite number for each answer$"):
         reward_functions.load("own_rewards:one")([prompt] * 2, ["a", "b"], [{}] * 2)
-    with pytest.raises(errors.DataError, match="returned nan for the answer 'a'"):
+    with pytest.raises(error, match="returned nan for the answer 'a'"):
         reward_functions.load("own_rewards:bad")([prompt], ["a"], [{}])
     for text, message in (
         ("own_rewards", "it must have the form module:function"),
@@ -248,6 +254,110 @@ def test_a_reward_function_is_loaded_from_a_module_or_a_file(tmp_path, monkeypat
     ):
         with pytest.raises(run_folder.SettingError, match=message):
             reward_functions.load(text, flag="--reward")
+
+
+NOT_CALLABLE = """
+def no_answers(prompts):
+    return [0.0 for _ in prompts]
+
+def more(prompts, answers, weight):
+    return [weight for _ in prompts]
+
+def tokens(prompts, answers, tokens):
+    return [[0.0] * len(each) for each in tokens]
+
+async def later(prompts, answers):
+    return [0.0 for _ in prompts]
+
+def calls(prompts, answers):
+    return no_answers(prompts, answers)
+
+def text(prompts, answers):
+    return ["good"] * len(answers)
+
+def matrix(prompts, answers):
+    return [[0.0, 1.0]] * len(answers)
+
+def nothing(prompts, answers):
+    pass
+
+def by_answer(prompts, answers):
+    return {each: 0.0 for each in answers}
+
+def lazily(prompts, answers):
+    return (float(i) for i in range(len(answers)))
+"""
+
+
+def test_errors_of_reward_functions_are_about_the_users_code(tmp_path):
+    path = tmp_path / "wrong.py"
+    path.write_text(NOT_CALLABLE)
+    for name, message in (
+        (
+            "no_answers",
+            r"cannot be used: too many positional arguments; it is no_answers\(prompts\), but is called with",
+        ),
+        ("more", r"missing a required argument: 'weight'; it is more\(prompts, answers, weight\), but is called with"),
+        ("tokens", "missing a required argument: 'tokens'"),
+        ("later", "it is a coroutine function"),
+    ):
+        for make in (reward_functions.load, policy_functions.RewardFunction):
+            if name != "tokens" or make is reward_functions.load:
+                with pytest.raises(run_folder.SettingError, match=f"^--reward {path}:{name} .*{message}"):
+                    make(f"{path}:{name}")
+    prompts, answers_, tokens = [[{"role": "user", "content": "tea"}]] * 2, ["a", "b"], [["a"], ["b"]]
+    for name, message in (
+        ("calls", r'failed on 2 answers: TypeError: .*positional argument.*wrong.py, line 15: "return no_answers\(pro'),
+        ("text", r"returned the str 'good' for answer 0; it must return one finite number for each answer"),
+        ("nothing", r"returned None for 2 answers; it must"),
+        ("by_answer", r"returned the dict \{'a': 0.0, 'b': 0.0\} for 2 answers; it must"),
+        ("matrix", r"returned (an array of shape \(2,\)|shape \(2,\)) for"),
+    ):
+        with pytest.raises(run_folder.SettingError, match=message) as caught:
+            reward_functions.load(f"{path}:{name}")(prompts, answers_, [{}, {}])
+        assert "reward_functions.py" not in str(caught.value)
+        with pytest.raises(run_folder.SettingError, match=message):
+            policy_functions.RewardFunction(f"{path}:{name}")(prompts, answers_, tokens, [{}, {}])
+    np.testing.assert_array_equal(reward_functions.load(f"{path}:lazily")(prompts, answers_, [{}, {}]), [0, 1])
+
+
+def test_models_and_functions_of_the_wrong_kind_are_refused_before_weights_are_read(
+    policies, prompts, reward_model, tmp_path, monkeypatch
+):
+    (tmp_path / "own.py").write_text("def score(prompts):\n    return 0\n")
+    (tmp_path / "tokenizer").mkdir()
+    for file in pathlib.Path(policies[0]).glob("tokenizer*"):
+        (tmp_path / "tokenizer" / file.name).write_bytes(file.read_bytes())
+
+    def read(*args, **options):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(lm, "load", read)
+    function, tokenizer = f"{tmp_path}/own.py:score", str(tmp_path / "tokenizer")
+    policy, out = policies[0], str(tmp_path / "out")
+    data = ("--prompts", prompts, "--out", out)
+    for command, flags, message in (
+        (ppo, ("--policy", policy, *data, "--reward", function), "own.py:score cannot be used"),
+        (
+            ppo,
+            ("--policy", reward_model, *data, "--reward-model", reward_model),
+            "it is a reward model, not a language",
+        ),
+        (ppo, ("--policy", policy, *data, "--reward-model", policy), "it is a language model, not a reward"),
+        (ppo, ("--policy", policy, *data, "--reward-model", reward_model, "--critic", policy), "cannot use --critic"),
+        (ppo, ("--policy", policy, *data, "--reward-model", reward_model, "--reference", tokenizer), "no model, which"),
+        (evaluate, ("--policies", policy, policy, *data, "--reward", function), "own.py:score cannot be used"),
+        (evaluate, ("--policies", policy, policy, *data, "--reward-model", policy), "it is a language model"),
+        (evaluate, ("--policies", policy, tokenizer, *data, "--reward-model", reward_model), "has a tokenizer but no"),
+        (sample, ("--model", reward_model, *data), "it is a reward model, not a language model"),
+        (sft, ("--model", tokenizer, "--data.path", prompts, "--out", out), "has a tokenizer but no model"),
+        (dpo, ("--model", reward_model, "--data.path", prompts, "--out", out), "it is a reward model"),
+        (reward_model_command, ("--model", tokenizer, "--data.path", prompts, "--out", out), "has a tokenizer but no"),
+        (instructgpt, ("--model", reward_model, "--preset", "smoke", "--out", out), "it is a reward model"),
+    ):
+        with pytest.raises(run_folder.SettingError, match=message):
+            command.run(command.parse(list(flags)))
+        assert not pathlib.Path(out).exists()
 
 
 # --------------------------------------------------------------------------------------------------------- evaluate.py
@@ -356,7 +466,7 @@ def test_evaluate_writes_a_report_with_all_numbers(compared, capsys):
     assert len(results["transcripts"]) == 3 and set(results["transcripts"][0]["scores"]) == {"policy-0", "policy-10"}
     evaluate.Console(width=120).print(evaluate.results_table(results))
     shown = capsys.readouterr().out
-    for words in ("wins against the baseline, %", "KL, nats per answer", "score, own.py:length", "policy-10"):
+    for words in ("wins vs baseline, %", "KL, nats per answer", "score, own.py:length", "policy-10"):
         assert words in shown
 
 
@@ -374,7 +484,7 @@ def test_evaluate_joins_files_of_samples_by_prompt(compared, reward_model, tmp_p
     expected = np.mean([score(model, line) for line in samples[1] if line["index"] != 5])
     assert again["policies"]["b"]["score"][0] == pytest.approx(expected, rel=1e-4)
     texts = [each["text"] for each in again["incidents"]]
-    assert any("1 prompts of b are left out" in text for text in texts)
+    assert any("leaving out 1 prompt of b that" in text for text in texts)
     assert any("the KL is left out" in text for text in texts) and "kl" not in again["policies"]["b"]
     files[1].write_text('{"prompt": "tea"}\n')
     with pytest.raises(errors.DataError, match=r"b.jsonl, line 1 is not a sample"):

@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import json
 import pathlib
+import shutil
+import time
 
 import jax
 import numpy as np
@@ -11,7 +13,7 @@ import ppo
 import pytest
 import word_models
 from finetune import policy_data, policy_functions, policy_rewards, policy_settings
-from launch import initial_model, run_folder
+from launch import initial_model, process_setup, run_folder
 from launch.run_settings import SettingError
 
 from rlhf_jax import generation, lm
@@ -109,11 +111,43 @@ def test_resumed_run_has_the_bits_of_an_uninterrupted_one(files, tmp_path, monke
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(ppo.policy_samples, "make_show", make_interrupted)
         ppo.run(settings(files, tmp_path / "cut", *flags))
-    ppo.run(ppo.parse(["--resume", str(tmp_path / "cut")]))
+    earlier = json.loads((tmp_path / "cut" / "seconds.json").read_text())["seconds"]
+    monkeypatch.setattr(process_setup, "START_TIME", time.time())  # as in a new process
+    began = time.time()
+    resumed = ppo.run(ppo.parse(["--resume", str(tmp_path / "cut")]))
+    assert earlier < resumed["seconds"] <= earlier + time.time() - began
     for whole, cut in zip(weights(tmp_path / "whole"), weights(tmp_path / "cut"), strict=True):
         np.testing.assert_array_equal(whole, cut)
     texts = [(tmp_path / name / "samples.jsonl").read_text() for name in ("whole", "cut")]
     assert texts[0] == texts[1]
+
+
+def test_a_run_is_not_resumed_with_other_code_of_its_rewards(files, tmp_path, monkeypatch):
+    code = "def score(prompts, answers):\n    return [1.0 for _ in answers]\n"
+    for name in ("a.py", "rewards_of_b.py"):
+        (tmp_path / name).write_text(code)
+    monkeypatch.chdir(tmp_path)
+    given = ("--reward", f"{tmp_path}/a.py:score", "rewards_of_b:score", "--reward-model", files["reward"])
+    chosen = settings(files, tmp_path / "run", *given, reward=None)
+    run_folder.create(tmp_path / "run", chosen)
+    resumed = ppo.parse(["--resume", str(tmp_path / "run")])
+    run_folder.check_inputs_unchanged(str(tmp_path / "run"), resumed)
+    for name in ("a.py", "rewards_of_b.py"):
+        (tmp_path / name).write_text(code.replace("1.0", "2.0"))
+        with pytest.raises(SettingError, match=rf"run: \S*{name.removesuffix('.py')}\S* has changed since") as caught:
+            ppo.run(resumed)
+        assert "\n" not in str(caught.value)
+        (tmp_path / name).write_text(code)
+    shutil.copytree(files["reward"], tmp_path / "other")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["reward_model"] = [str(tmp_path / "other")]
+    del config["input_digests"]["reward"]  # as in runs of earlier versions
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    resumed = ppo.parse(["--resume", str(tmp_path / "run")])
+    run_folder.check_inputs_unchanged(str(tmp_path / "run"), resumed)
+    (tmp_path / "other" / "config.json").write_text("{}")
+    with pytest.raises(SettingError, match=r"the files in \S*other have changed since the run started; restore them"):
+        run_folder.check_inputs_unchanged(str(tmp_path / "run"), resumed)
 
 
 @pytest.mark.parametrize(
@@ -221,9 +255,9 @@ def test_rows_of_the_pretraining_loss(files, tmp_path):
 
 
 def test_errors_of_reward_functions_name_the_line(files, tmp_path):
-    with pytest.raises(SettingError, match=r'failed: ZeroDivisionError.*rewards.py, line 17: "return \[1 / 0'):
+    with pytest.raises(SettingError, match=r'failed on .* ZeroDivisionError.*rewards.py, line 17: "return \[1 / 0'):
         ppo.run(settings(files, tmp_path / "a", reward="broken"))
-    with pytest.raises(SettingError, match="returned 1 values for"):
+    with pytest.raises(SettingError, match="returned 1 value for 8 answers"):
         ppo.run(settings(files, tmp_path / "b", reward="short"))
     with pytest.raises(SettingError, match="has no function missing"):
         ppo.run(settings(files, tmp_path / "c", reward="missing"))
@@ -255,7 +289,7 @@ def test_models_with_other_tokens_are_refused(files, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--reward-weights", 1, 2), "must have one for each of the 1 rewards"),
+        (("--reward-weights", 1, 2), "the number of --reward-weights is 2; it must be 1, the number of rewards"),
         (("--no-normalise",), "--normalise has no effect without --reward-model"),
         (("--ppo.ptx-coef", 2), "--ppo.ptx-coef has no effect without --ptx"),
         (("--ppo.value-coef", 2), "--ppo.value-coef has no effect with a separate critic"),

@@ -136,8 +136,8 @@ def test_time_before_the_display_starts_counts_as_elapsed():
         clock.now += 5
         progress.finish("sft")
     assert file.getvalue().splitlines()[1:] == [
-        "stage 1/1 SFT done: 1 steps in 5.0 s · 0:35 elapsed, about 0:00 left",
-        "1 of 1 stages done",
+        "stage 1/1 SFT done: 1 step in 5.0 s · 0:35 elapsed, about 0:00 left",
+        "1 of 1 stage done",
     ]
 
 

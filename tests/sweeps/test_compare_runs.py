@@ -67,8 +67,8 @@ def refusal(folders, *flags):
 def test_runs_that_differ_only_in_the_seed_are_one_group(folders):
     groups = groups_of(folders)
     assert [len(each.runs) for each in groups] == [3, 1]
-    assert [each.label for each in groups] == ["ppo.kl_coef 0.02", "ppo.kl_coef 0.2"]
-    assert run_comparison.settings_table(groups)[1:] == [["ppo.kl_coef", "0.02", "0.2"]]
+    assert [each.label for each in groups] == ["--ppo.kl-coef 0.02", "--ppo.kl-coef 0.2"]
+    assert run_comparison.settings_table(groups)[1:] == [["--ppo.kl-coef", "0.02", "0.2"]]
 
 
 def test_results_of_seeds_have_students_interval_and_those_of_a_run_its_own(folders):
@@ -97,7 +97,7 @@ def test_the_page_has_one_figure_per_metric_and_both_tables(folders, tmp_path, c
     assert page.count("<svg") == 2  # reward and kl; the report does not plot "own"
     assert page.count("<table") == 2
     printed = capsys.readouterr().out
-    for text in ("ppo.kl_coef", "policies.ppo.reward", "finished runs"):
+    for text in ("--ppo.kl-coef", "policies.ppo.reward", "finished runs"):
         assert text in page and text in printed
 
 
@@ -105,13 +105,13 @@ def test_metrics_stages_and_labels_are_chosen(folders, tmp_path):
     page = compare(folders, tmp_path, "--metrics", "own", "--stages", "ppo", "--labels", "weak <1>", "strong")
     assert page.count("<svg") == 1
     assert page.count("weak &lt;1&gt;") >= 3 and "weak <1>" not in page
-    assert not re.search("ppo.kl_coef 0.2", page)
+    assert not re.search("ppo.kl-coef 0.2", page)
 
 
 def test_an_unfinished_run_is_plotted_without_results(folders, tmp_path, capsys):
     running = write(tmp_path / "running", kl_coef=0.5, finished=False, steps=2)
     page = compare([*folders, running], tmp_path)
-    assert "ppo.kl_coef 0.5" in page
+    assert "--ppo.kl-coef 0.5" in page
     assert "running has no results.json" in " ".join(capsys.readouterr().out.split())
     assert len(run_comparison.results_table(groups_of([*folders, running]))[0]) == 3
 
@@ -141,7 +141,7 @@ def test_a_changed_data_file_separates_groups(tmp_path):
         write(tmp_path / "a", prompts="p.jsonl"),
         write(tmp_path / "b", prompts="p.jsonl", seed=1, input_digests={"prompts": "def"}),
     ]
-    assert run_comparison.settings_table(groups_of(runs))[1:] == [["prompts (digest)", "abc", "def"]]
+    assert run_comparison.settings_table(groups_of(runs))[1:] == [["--prompts (digest)", "abc", "def"]]
 
 
 def test_refusals_say_what_is_wrong_and_what_to_do(folders, tmp_path):

@@ -21,6 +21,8 @@ from rlhf_jax.report import plots
 from rlhf_jax.simulation import labelers
 
 TARGET = 0.73
+DRAWS = 8
+"""Number of times that each pair is judged."""
 LABELERS = 4
 """One labeler, and three whose majority is compared with the first one's choice."""
 
@@ -35,6 +37,7 @@ def measure(trial: Trial) -> Measured:
     pool = trial.task.world.pool
     utility_a_NR, utility_b_NR = (np.asarray(labelers.utilities(pool, each_NF)) for each_NF in (a_NF, b_NF))
     noise = labelers.calibrated_temperature(utility_a_NR, utility_b_NR, target=TARGET)
+    a_NF, b_NF = (np.repeat(each_NF, DRAWS, axis=0) for each_NF in (a_NF, b_NF))
     choice_LN = _choices(trial.key("comparisons"), pool.replace(temperature=jnp.float32(noise)), a_NF, b_NF)
     majority_N = np.sign(choice_LN[1:].sum(axis=0))
     return {

@@ -54,6 +54,14 @@ def load_config(path: str | os.PathLike[str]) -> config.LMConfig:
     return _config(*_read_config(_folder(path)))
 
 
+def has_head(path: str | os.PathLike[str]) -> bool:
+    """Returns whether a model directory contains a reward model; reads the names of the tensors but no weights.
+
+    Raises FileNotFoundError or ValueError if the directory has no readable safetensors files.
+    """
+    return _SCORE in tensor_files.stored(_folder(path))
+
+
 def load(
     path: str | os.PathLike[str], *, dtype: Any = jnp.float32, shard: Shard | None = None
 ) -> tuple[config.LMConfig, types.Params]:

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rlhf_jax.data import errors
 from rlhf_jax.train import state as state_lib
 from rlhf_jax.train.optim import nonfinite
 
@@ -44,7 +45,8 @@ def split(batch: Any, micro_batches: int) -> Any:
     def leaf(x: jax.Array) -> jax.Array:
         rows = x.shape[0]
         if rows % micro_batches:
-            raise ValueError(f"a batch of {rows} rows does not divide evenly into {micro_batches} micro-batches")
+            size = errors.counted(rows, "rows")
+            raise ValueError(f"a batch of {size} does not divide evenly into {micro_batches} micro-batches")
         return x.reshape(rows // micro_batches, micro_batches, *x.shape[1:]).swapaxes(0, 1)
 
     return jax.tree.map(leaf, batch)
