@@ -1,208 +1,192 @@
-"""Claims are shown if the measurements have the stated effect, refuted if they have the reverse, rarely by chance."""
-
-from __future__ import annotations
-
-import dataclasses
-from collections.abc import Callable
-from typing import Any
+"""Claims are decided as they should be, on synthetic measurements."""
 
 import numpy as np
 import pytest
-from claims import claim_results, reward_sizes, reward_training, verdicts
-from claims.instructgpt import (
-    c02_pair_batches,
-    c03_sft_epochs,
-    c05_labeler_groups,
-    c08_ptx_versus_kl,
-    c10_learning_rates,
+from claims import trajectories, verdicts
+from claims.overoptimisation import (
+    c16_sqrt_kl,
+    c17_train_and_test_models,
+    c31_reward_model_overoptimised,
+    c35_functional_forms,
+    c37_policy_size,
+    c38_kl_penalty_frontier,
 )
-from claims.overoptimisation import c18_reward_size, c36_reward_scaling
+from claims.policy_optimisation import c32_separate_critic, c33_adaptive_kl
 
-from rlhf_jax import losses, types
-from rlhf_jax.simulation import labelers
-
-Make = Callable[[np.random.Generator, float], dict[str, Any]]
-"""Returns measurements of one seed with an effect of this size: 1 as stated, -1 reversed, 0 none."""
+KL_C = np.array([0.0, 0.3, 1.0, 2.2, 4.0, 6.0, 9.0, 12.0, 16.0])
+D_C = np.sqrt(KL_C)
 
 
-def pair_batches(rng, effect):
-    base, more = 0.6 + 0.01 * rng.normal(), {"shuffled": 0.05 * effect, "3 epochs": 0.04 * effect}
-    return {name: {"loss": base + more.get(name, 0) + 0.002 * rng.normal()} for name in c02_pair_batches.ARMS}
+def c16(rng, effect, noise=0.02):
+    """Effect 1 is a line in the root of the KL, -1 one in the KL with slopes that differ between sizes."""
+    curve_C, slopes = (D_C, (1.0, 1.0, 1.0)) if effect > 0 else (KL_C, (0.5, 1.0, 2.0))
+    noises = rng.normal(size=(3, len(D_C))) * noise
+    if effect == 0:
+        return {name: {"kl": KL_C, "gain": noises[i]} for i, name in enumerate(c16_sqrt_kl.SIZES)}
+    return {
+        name: {"kl": KL_C, "gain": slope * curve_C + noises[i]}
+        for i, (name, slope) in enumerate(zip(c16_sqrt_kl.SIZES, slopes, strict=True))
+    }
 
 
-def sft_epochs(rng, effect):
+def c17(rng, effect, noise=0.02):
+    share_C = np.linspace(0, 1, len(c17_train_and_test_models.AT)) ** 2
+    arms = ("train model", "test model", "labelers")
+    gains = {"train model": effect * share_C, "test model": 0 * share_C, "labelers": 0 * share_C}
+    return {
+        name: {
+            "gain": share_C + gains[name] + noise * rng.normal(size=len(share_C)) * (share_C > 0),
+            "win_rate": 0.6 + 0.2 * gains[name] + noise * rng.normal(size=len(share_C)),
+        }
+        for name in arms
+    }
+
+
+def c31(rng, effect, noise=0.02):
+    kl_C = np.array([16.0, 12.0, 9.0, 6.0, 4.0, 2.2, 1.0, 0.3])
+    d_C = np.sqrt(kl_C)
+    gold_C = {1: d_C - 0.2 * d_C**2, -1: 0.2 * d_C**2 - d_C, 0: 0 * d_C}[effect]
+    return {
+        f"{coef:g}": {
+            "kl": kl_C[i],
+            "gold": gold_C[i] + noise * rng.normal(),
+            "score": (d_C[i] if effect else 0.0) + noise * rng.normal(),
+        }
+        for i, coef in enumerate(c31_reward_model_overoptimised.COEFS)
+    }
+
+
+def c32(rng, effect, noise=0.02):
+    gains = dict.fromkeys(c32_separate_critic.ARMS, 0.0) | {c32_separate_critic.SEPARATE: 0.2 * effect}
+    return {name: {"score": gain + noise * rng.normal()} for name, gain in gains.items()}
+
+
+def c33(rng, effect, noise=0.0):
+    spread = {1: (0.5, 0.02), -1: (0.05, 0.8), 0: (0.3, 0.3)}[effect]
+    return {
+        name: {"kl": c33_adaptive_kl.TARGET * np.exp(each * rng.normal(size=3))}
+        for name, each in zip(c33_adaptive_kl.ARMS, spread, strict=True)
+    }
+
+
+def c35(rng, effect, noise=0.002):
+    """Effect 1 has the curves of the paper, -1 exchanges the two methods."""
+    kl_M = np.linspace(0.25, 9.0, 12)
+    d_M = np.sqrt(kl_M)
+    curves = [d_M * (1 - 0.25 * d_M), d_M * (1 - 0.6 * np.log(d_M))]
+    if effect == 0:
+        curves = [0.01 * rng.normal(size=len(d_M)) for _ in range(2)]
+    return {
+        name: {"kl": kl_M, "gain": curve_M + noise * rng.normal(size=len(d_M))}
+        for name, curve_M in zip(c35_functional_forms.FORMS, curves[:: 1 if effect >= 0 else -1], strict=True)
+    }
+
+
+def c37(rng, effect, noise=0.005):
+    ns = np.array(c37_policy_size.NS)
+    best_kl_M = np.log(ns) - (ns - 1) / ns
+    spent, more = {1: (4.0, 0.5), -1: (0.25, -0.5), 0: (1.0, 0.0)}[effect]
     measured = {}
-    for place, epoch in enumerate(c03_sft_epochs.EPOCHS):
-        rise = effect * 0.05 * place
-        measured[str(epoch)] = {name: rise + 0.01 * rng.normal() for name in ("loss", "score", "gold")}
+    for name, gain in (("small", 1.0 + more), ("large", 1.0)):
+        stretch = 3.0 if effect < 0 and name == "small" else 1.0
+        d_C = D_C / stretch
+        gold_C = d_C * (1 - np.log(np.maximum(d_C, 1e-9)))
+        level_M = gain * np.sqrt(best_kl_M)
+        measured[name] = {
+            "rl": {
+                "kl": KL_C,
+                "score": np.sqrt(KL_C / spent) + noise * rng.normal(size=len(D_C)),
+                "gold": gold_C + noise * rng.normal(size=len(D_C)),
+            },
+            "best of n": {
+                "kl": best_kl_M,
+                "score": np.sqrt(best_kl_M) + noise * rng.normal(size=len(ns)),
+                "gold": level_M + noise * rng.normal(size=len(ns)),
+            },
+        }
     return measured
 
 
-def labeler_groups(rng, effect):
-    common = 0.68 + 0.005 * rng.normal(size=5)
-    gaps = {"in-group": 0.025 * effect, "held-out": 0.0}
-    return {name: {"accuracy": common + gap + 0.002 * rng.normal(size=5)} for name, gap in gaps.items()}
-
-
-def ptx_versus_kl(rng, effect):
-    arms = {"start": (0.4, 0.6), "ppo": (0.4 - 0.1 * effect, 0.7)}
-    arms |= {f"ptx {c:g}": (0.4 + 0.1 * effect, 0.7 if effect > 0 else 0.6) for c in c08_ptx_versus_kl.PTX}
-    arms |= {f"kl {c:g}": (0.4 - 0.1 * effect, 0.68) for c in c08_ptx_versus_kl.KL}
+def c38(rng, effect, noise=0.005):
+    gains = {1: (0.0, 0.2), -1: (0.1, -0.2), 0: (0.0, 0.0)}[effect]
     return {
-        name: {"skills": skills + 0.01 * rng.normal(), "gold": gold + 0.005 * rng.normal()}
-        for name, (skills, gold) in arms.items()
+        name: {
+            "kl": KL_C,
+            "gold": np.sqrt(KL_C) + (gains[0] * (KL_C > 0) if name != "no penalty" else 0) + shift,
+            "score": np.sqrt(KL_C) + (gains[1] * (KL_C > 0) if name != "no penalty" else 0) + shift,
+        }
+        for name, shift in zip(c38_kl_penalty_frontier.COEFS, noise * rng.normal(size=3), strict=True)
     }
 
 
-def learning_rates(rng, effect):
-    falls = {"PPO": [0.1, -0.02 - 0.06 * effect, -0.3], "PPO-ptx": [0.1, -0.02 + 0.06 * effect, -0.3]}
-    arms = {
-        f"{name}, rate x {rate}": {"gain": gain + 0.02 * rng.normal(), "loss": 1.0}
-        for name, gains in falls.items()
-        for rate, gain in zip(c10_learning_rates.RATES, gains)
-    }
-    for place, ratio in enumerate(c10_learning_rates.RATIOS):
-        arms[f"PPO-ptx, ratio {ratio:g}"] = {"gain": 0.1, "loss": 1.1 - 0.05 * effect * place + 0.01 * rng.normal()}
-    return arms
+CASES = {
+    "C16": (c16_sqrt_kl, c16),
+    "C17": (c17_train_and_test_models, c17),
+    "C31": (c31_reward_model_overoptimised, c31),
+    "C32": (c32_separate_critic, c32),
+    "C33": (c33_adaptive_kl, c33),
+    "C35": (c35_functional_forms, c35),
+    "C37": (c37_policy_size, c37),
+    "C38": (c38_kl_penalty_frontier, c38),
+}
 
 
-def reward_curves(rng, effect):
-    d = np.sqrt(np.log(reward_sizes.NS) - 1 + 1 / np.array(reward_sizes.NS))
-    curves = {}
-    for place, size in enumerate((*reward_sizes.NETS, reward_sizes.LARGEST)):
-        bend = 0.02 - 0.004 * effect * place
-        noise = 0.002 * rng.normal() * d
-        curves[size] = {"proxy": 1.2 * d, "gold": d * (0.1 - bend * d) + noise + 0.001 * rng.normal(size=len(d)) * d}
-    return curves
-
-
-def reward_scaling(rng, effect):
-    curves = reward_curves(rng, effect)
-    largest = curves[reward_sizes.LARGEST]
-    quarter = {name: dict(largest, gold=largest["gold"] * (1 - 0.3 * effect)) for name in c36_reward_scaling.QUARTER}
-    for curve in quarter.values():
-        curve["gold"] = curve["gold"] + 0.004 * rng.normal() * curve["proxy"]
-    return curves | quarter
-
-
-CASES = [
-    (c02_pair_batches.CLAIM, pair_batches),
-    (c03_sft_epochs.CLAIM, sft_epochs),
-    (c05_labeler_groups.CLAIM, labeler_groups),
-    (c08_ptx_versus_kl.CLAIM, ptx_versus_kl),
-    (c10_learning_rates.CLAIM, learning_rates),
-    (c18_reward_size.CLAIM, reward_curves),
-    (c36_reward_scaling.CLAIM, reward_scaling),
-]
-each_case = pytest.mark.parametrize(("claim", "make"), CASES, ids=[claim.id for claim, _ in CASES])
-
-
-def decided(claim, make: Make, effect: float, rng: np.random.Generator) -> str:
-    return verdicts.overall(claim.decide([make(rng, effect) for _ in range(5)]))
-
-
-@each_case
-def test_a_stated_effect_is_shown_and_the_reverse_is_refuted(claim, make):
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("effect", "verdict"), [(1, "shown"), (-1, "refuted")])
+def test_an_effect_is_shown_and_the_reverse_refuted(name, effect, verdict):
+    module, make = CASES[name]
     rng = np.random.default_rng(0)
-    assert [decided(claim, make, 1.0, rng) for _ in range(5)] == ["shown"] * 5
-    assert [decided(claim, make, -1.0, rng) for _ in range(5)] == ["refuted"] * 5
+    parts = module.decide([make(rng, effect) for _ in range(5)])
+    assert verdicts.overall(parts) == verdict, parts
 
 
-@each_case
-def test_a_claim_without_an_effect_is_rarely_shown(claim, make):
+@pytest.mark.parametrize("name", CASES)
+def test_noise_is_rarely_shown(name):
+    module, make = CASES[name]
     rng = np.random.default_rng(1)
-    assert np.mean([decided(claim, make, 0.0, rng) == "shown" for _ in range(200)]) <= 0.05
-    measured_S = [make(rng, 0.0) for _ in range(5)]
-    assert claim_results.null_rate(claim, measured_S, shuffles=100) <= 0.05
+    shown = [verdicts.overall(module.decide([make(rng, 0) for _ in range(5)])) == "shown" for _ in range(200)]
+    assert np.mean(shown) <= 0.05
 
 
-@each_case
-def test_a_claim_can_be_drawn_and_decided_with_a_single_seed(claim, make):
-    measured_S = [make(np.random.default_rng(2), 1.0)]
-    assert claim.plot(measured_S).startswith("<svg")
-    assert {part.verdict for part in claim.decide(measured_S)} == {"not shown"}
+def test_values_at_equal_kl_are_interpolated_between_checkpoints():
+    roots_K = np.array([0.5, 1.5, 2.0])
+    kl_C, values_C = np.array([0.0, 4.0, 1.0]), np.array([0.0, 3.0, 1.0])  # not sorted
+    expected = [0.5, 2.0, 3.0]
+    np.testing.assert_allclose(trajectories.at_root(trajectories.root(kl_C), values_C, roots_K), expected)
+    np.testing.assert_array_equal(trajectories.root([-0.1, 4.0]), [0.0, 2.0])
 
 
-def comparisons(rng, n=6, k=4, width=3):
-    where_BK = rng.random((n, k)) < 0.8
-    where_BK[:, :2] = True
-    tokens_BKL = rng.integers(5, size=(n, k, width))
-    return types.Comparisons(tokens_BKL, tokens_BKL > 0, rng.integers(1, 4, size=(n, k)), where_BK)
+def test_the_kl_at_one_score_is_interpolated():
+    run = {"score": np.array([0.0, 1.0, 3.0, 2.0]), "kl": np.array([0.0, 1.0, 9.0, 16.0])}
+    assert c37_policy_size.first_root(run, 2.0) == pytest.approx(2.0)
+    assert c37_policy_size.first_root(run, 0.0) == pytest.approx(0.0)
+    other = run | {"kl": run["kl"] / 4}
+    assert c37_policy_size.kl_ratio(run, other) == pytest.approx(np.log(4))
 
 
-def test_pair_numbers_equal_a_loop_over_pairs():
-    rng = np.random.default_rng(3)
-    rows, scores_BK = comparisons(rng), rng.integers(-2, 3, size=(6, 4)) / 2.0
-    pair_losses, right = [], []
-    for b, i, j in np.ndindex(6, 4, 4):
-        if rows.where_BK[b, i] and rows.where_BK[b, j] and rows.ranks_BK[b, i] < rows.ranks_BK[b, j]:
-            lead = scores_BK[b, i] - scores_BK[b, j]
-            pair_losses.append(np.log1p(np.exp(-lead)))
-            right.append(0.5 if lead == 0 else float(lead > 0))
-    numbers = reward_training.pair_numbers(scores_BK, rows)
-    np.testing.assert_allclose([numbers["loss"], numbers["accuracy"]], [np.mean(pair_losses), np.mean(right)])
+def test_the_parabola_of_gold_utility_has_no_constant():
+    d_C = np.array([0.5, 1.0, 2.0, 3.0])
+    assert c31_reward_model_overoptimised.bend(d_C, 2 * d_C - 0.5 * d_C**2) == pytest.approx(-0.5)
 
 
-def test_shuffled_pairs_have_the_ranking_loss_of_the_prompts_they_come_from():
-    rng = np.random.default_rng(4)
-    rows = comparisons(rng)
-    pairs = reward_training.pairs_of(rows)
-    weights_L = rng.normal(size=3)
-    n_pairs_B = (reward_training.better(rows.ranks_BK, rows.where_BK)).sum(axis=(1, 2))
-    assert len(pairs.ranks_BK) == n_pairs_B.sum()
-    of_pairs = [losses.ranking(s, r) for s, r in zip(pairs.tokens_BKL @ weights_L, pairs.ranks_BK)]
-    of_prompts = [
-        losses.ranking(s, r, where_K=w, ties_in_divisor=False) * n
-        for s, r, w, n in zip(rows.tokens_BKL @ weights_L, rows.ranks_BK, rows.where_BK, n_pairs_B)
-    ]
-    np.testing.assert_allclose(sum(of_pairs), sum(of_prompts), rtol=1e-5)
-    np.testing.assert_array_equal(pairs.mask_BKL, pairs.tokens_BKL > 0)
+def test_deviations_are_from_the_mean_of_the_other_worlds():
+    log_kl_SM = np.random.default_rng(0).normal(size=(4, 3))
+    expected = []
+    for s in range(4):
+        others = [log_kl_SM[t, m] for t in range(4) if t != s for m in range(3)]
+        expected.append(np.mean([abs(log_kl_SM[s, m] - np.mean(others)) for m in range(3)]))
+    np.testing.assert_allclose(c33_adaptive_kl.deviation(log_kl_SM), expected)
 
 
-def test_accuracy_is_the_expected_agreement_with_simulated_choices():
-    import jax
-
-    rng = np.random.default_rng(5)
-    pool = labelers.make_pool(jax.random.key(0), 6, n_groups=2, group_spread=0.5, temperature=0.3)
-    features_BKF = rng.random((3, 3, len(labelers.FEATURES))).astype(np.float32)
-    features_BKF[0, 1] = features_BKF[0, 0]  # equal answers do not count
-    scores_BK, where_BK = rng.normal(size=(3, 3)), np.ones((3, 3), bool)
-    where_BK[2, 2] = False
-    group = c05_labeler_groups.part(pool, np.array([0, 2, 4]))
-    assert set(np.asarray(group.group_R).tolist()) == {0}
-    wins = []
-    for b, i, j in np.ndindex(3, 3, 3):
-        if i < j and where_BK[b, j] and (b, i, j) != (0, 0, 1):
-            for weights_F in np.asarray(pool.weights_RF)[[0, 2, 4]]:
-                p = 1 / (1 + np.exp(-(features_BKF[b, i] - features_BKF[b, j]) @ weights_F / 0.3))
-                wins.append(p if scores_BK[b, i] > scores_BK[b, j] else 1 - p)
-    accuracy = c05_labeler_groups.accuracy(scores_BK, features_BKF, where_BK, group)
-    np.testing.assert_allclose(accuracy, np.mean(wins), rtol=1e-5)
+def test_the_implied_win_rate_uses_scores_before_normalisation():
+    score_CN, gain = np.array([[0.0, 1.0], [2.0, 0.0]]), 0.5
+    expected = np.mean([1 / (1 + np.exp(-4.0)), 1 / (1 + np.exp(2.0))])
+    implied_C = c17_train_and_test_models.implied(score_CN, {"head": {"gain": gain}})
+    np.testing.assert_allclose(implied_C, [0.5, expected])
 
 
-def test_the_threshold_of_the_learning_rate_is_interpolated():
-    log_rates = np.log2(c10_learning_rates.RATES)
-    assert c10_learning_rates.threshold([-0.1, 0.2, 0.2]) == log_rates[0]
-    assert c10_learning_rates.threshold([0.1, 0.2, 0.3]) == log_rates[-1]
-    middle = c10_learning_rates.threshold([0.1, -0.3, 0.3])
-    assert middle == pytest.approx(log_rates[0] + 0.25 * (log_rates[1] - log_rates[0]))
-
-
-def test_demonstrations_with_the_prompt_of_a_training_one_are_not_held_out():
-    prompts_BP = np.array([[1, 2], [3, 4], [1, 2], [5, 6], [3, 4], [7, 8]])
-    assert c03_sft_epochs.new_rows(prompts_BP, 2).tolist() == [3, 5]
-
-
-def test_the_curve_of_a_perfect_reward_model_is_that_of_order_statistics():
-    rng = np.random.default_rng(6)
-    gold_PN = rng.normal(size=(400, 64))
-    curve = reward_sizes.curve(3 * gold_PN + 1, gold_PN)
-    expected = [0.0] + [rng.normal(size=(4000, n)).max(axis=1).mean() for n in reward_sizes.NS[1:]]
-    np.testing.assert_allclose(curve["gold"], expected, atol=0.06)
-    np.testing.assert_allclose(curve["proxy"], curve["gold"], rtol=0.03, atol=0.01)
-    assert np.all(np.diff(reward_sizes.LOG_SIZES) > 1)
-
-
-def test_all_claims_are_described():
-    for claim, _ in CASES:
-        assert all(getattr(claim, each.name) for each in dataclasses.fields(claim) if each.name != "changes")
+def test_predictions_beyond_the_fitted_range_are_exact_for_the_form_of_the_points():
+    kl_M = np.linspace(0.25, 9.0, 12)
+    points = {"kl": kl_M[::-1], "gain": (np.sqrt(kl_M) * (1 - 0.2 * np.sqrt(kl_M)))[::-1]}
+    own, other = (c35_functional_forms.error(points, form) for form in c35_functional_forms.FORMS.values())
+    assert own < 1e-9 < 0.01 < other
