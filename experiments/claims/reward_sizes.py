@@ -73,6 +73,7 @@ def curve(scores_PN: np.ndarray, gold_PN: np.ndarray) -> dict[str, np.ndarray]:
 
     Scores are in units of their standard deviation within a prompt.
     """
+    scores_PN = np.round(scores_PN, 4)  # equal answers may differ in rounding
     unit = np.sqrt(np.mean(np.var(scores_PN, axis=1)))
     ns = [n for n in NS if n <= scores_PN.shape[1]]
     means = {

@@ -1,4 +1,4 @@
-"""Claims are shown if the measurements have the stated effect, refuted if they have the reverse, rarely by chance."""
+"""Claims about InstructGPT and the size of reward models are decided as they should be, on synthetic measurements."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from claims import claim_results, reward_sizes, reward_training, verdicts
@@ -160,7 +161,6 @@ def test_shuffled_pairs_have_the_ranking_loss_of_the_prompts_they_come_from():
 
 
 def test_accuracy_is_the_expected_agreement_with_simulated_choices():
-    import jax
 
     rng = np.random.default_rng(5)
     pool = labelers.make_pool(jax.random.key(0), 6, n_groups=2, group_spread=0.5, temperature=0.3)
