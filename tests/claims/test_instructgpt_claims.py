@@ -200,7 +200,7 @@ def test_the_curve_of_a_perfect_reward_model_is_that_of_order_statistics():
     expected = [0.0] + [rng.normal(size=(4000, n)).max(axis=1).mean() for n in reward_sizes.NS[1:]]
     np.testing.assert_allclose(curve["gold"], expected, atol=0.06)
     np.testing.assert_allclose(curve["proxy"], curve["gold"], rtol=0.03, atol=0.01)
-    assert np.all(np.diff(reward_sizes.LOG_SIZES) > 1)
+    assert np.all(np.diff(list(reward_sizes.LOG_SIZES.values())) > 1)
 
 
 def test_all_claims_are_described():
