@@ -105,6 +105,9 @@ def decided(claim, make: Make, effect: float, rng: np.random.Generator) -> str:
 @each_case
 def test_a_stated_effect_is_shown_and_the_reverse_is_refuted(claim, make):
     rng = np.random.default_rng(0)
+    measured_S = [make(rng, 1.0) for _ in range(5)]
+    stored_S = [{name: measured[name] for name in sorted(measured)} for measured in measured_S]
+    assert claim.decide(stored_S) == claim.decide(measured_S)  # arms are stored in alphabetical order
     assert [decided(claim, make, 1.0, rng) for _ in range(5)] == ["shown"] * 5
     assert [decided(claim, make, -1.0, rng) for _ in range(5)] == ["refuted"] * 5
 
