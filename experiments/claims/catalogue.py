@@ -3,8 +3,34 @@
 from __future__ import annotations
 
 from claims.claim import Claim
+from claims.direct_alignment import (
+    c39_dpo_frontier,
+    c40_unseen_answers,
+    c41_pair_shift,
+    c43b_implicit_reward,
+)
 from claims.instructgpt import c04_labeler_agreement, c06_heldout_labelers, c07_alignment_tax, c09_kl_coefficient
 from claims.overoptimisation import c25_best_of_k
+from claims.policy_optimisation import (
+    c34_known_optimum,
+    c42_implementation_details,
+    c43a_early_updates,
+    c43c_lambda_and_rloo,
+)
 
-_MODULES = (c04_labeler_agreement, c06_heldout_labelers, c07_alignment_tax, c09_kl_coefficient, c25_best_of_k)
+_MODULES = (
+    c04_labeler_agreement,
+    c06_heldout_labelers,
+    c07_alignment_tax,
+    c09_kl_coefficient,
+    c25_best_of_k,
+    c34_known_optimum,
+    c39_dpo_frontier,
+    c40_unseen_answers,
+    c41_pair_shift,
+    c42_implementation_details,
+    c43a_early_updates,
+    c43b_implicit_reward,
+    c43c_lambda_and_rloo,
+)
 CLAIMS: dict[str, Claim] = {module.CLAIM.id: module.CLAIM for module in _MODULES}

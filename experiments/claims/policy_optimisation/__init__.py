@@ -1,0 +1,1 @@
+"""Claims about PPO, its implementation details, and related RL methods."""
