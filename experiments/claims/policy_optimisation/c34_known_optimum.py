@@ -113,11 +113,11 @@ def decide(measured_S: Sequence[Measured]) -> list[verdicts.Part]:
         return np.array([np.mean(measured[arm][name], axis=0) for measured in measured_S])
 
     gap_S = 1 - (mean("true reward", "gain") / mean("true reward", "optimum"))[:, 0]
-    share_S = (mean("many labels", "gain") / mean("true reward", "gain"))[:, 0]
+    share_S = (mean("many labels", "gain") / mean("many labels", "optimum"))[:, 0]
     online_SC = mean("online labels", "gain") - mean("offline labels", "gain")
     return [
-        verdicts.below("gap of PPO to the optimum at equal KL, as a share of its gain", gap_S, 0.1),
-        verdicts.above("gain with many labels / with the true reward", share_S, 0.9),
+        verdicts.below("gap of PPO to the optimum at equal KL, as a share of the gain of the optimum", gap_S, 0.1),
+        verdicts.below("the same gap with many labels instead of the true reward", 1 - share_S, 0.1),
         verdicts.above("gain with online − offline labels, far from the reference", online_SC[:, 0]),
         verdicts.above("the same, far from − near the reference", online_SC[:, 0] - online_SC[:, 1]),
     ]
