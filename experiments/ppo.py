@@ -35,16 +35,16 @@ if __name__ == "__main__":
 import contextlib
 import dataclasses
 import math
+import pathlib
 import time
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import jax
-from finetune import outcome, policy_data, policy_rewards, policy_samples, training
+from finetune import policy_data, policy_rewards, policy_samples, stage_run, training
 from launch import device_mesh, entry_point, initial_model, run_folder
-from recipe import engine, monitoring, optimiser_choice, rl_methods, run_setup
-from rich.console import Console
+from recipe import engine, monitoring, optimiser_choice, rl_methods
 
 from rlhf_jax import generation, lm, parallel, types
 from rlhf_jax.data import batching, errors
@@ -67,27 +67,40 @@ class Inputs:
 
 def run(settings: PPOSettings) -> dict[str, Any]:
     """Trains the policy and returns the contents of results.json."""
-    out = Console()
-    if finished := outcome.show_finished(settings, out, policy_samples.table):
-        return finished
-    counts = errors.DropCount(max_dropped=settings.max_dropped, flag="--max-dropped")
-    stage = "ppo" if settings.ptx is None else "ppo_ptx"
-    prepare = partial(_prepare, counts=counts)
-    with run_setup.open_folder(settings, out, stages=[(stage, 100.0), ("evaluate", 5.0)], prepare=prepare) as opened:
-        inputs: Inputs = opened.prepared
-        job = engine.Engine(cfg=inputs.policy.cfg, **opened.engine_fields)
-        outcome.describe_data(out, counts, {"prompts": len(inputs.prompts)})
-        outcome.describe_model(opened, out, inputs.policy, job.cfg)
-        with _reward_errors(inputs.rewards):
-            params, results = _train(job, stage, settings, inputs, opened)
-    results |= {"dropped": counts.dropped | counts.truncated}
-    outcome.save_model(opened.folder, job.cfg, params, inputs.policy.fmt)
-    return outcome.finish(
-        opened.folder, settings, results, out, title="Reinforcement learning", rows=policy_samples.table
+    return stage_run.run(
+        settings,
+        counts=errors.DropCount(max_dropped=settings.max_dropped, flag="--max-dropped"),
+        prepare=partial(_prepare, settings),
+        train=partial(_train_with_rewards, settings),
+        title="Reinforcement learning",
+        rows=policy_samples.table,
     )
 
 
-def _prepare(resolved: PPOSettings, mesh: Any, *, counts: errors.DropCount) -> tuple[PPOSettings, Inputs]:
+def _train_with_rewards(
+    settings: PPOSettings, job: engine.Engine, folder: pathlib.Path, prepared: stage_run.Prepared
+) -> stage_run.Trained:
+    with _reward_errors(prepared.inputs.rewards):
+        return stage_run.Trained(*_train(job, _stage(settings), settings, prepared.inputs, folder))
+
+
+def _stage(settings: PPOSettings) -> str:
+    return "ppo" if settings.ptx is None else "ppo_ptx"
+
+
+def _stages(settings: PPOSettings, prompts: int) -> list[tuple[str, float]]:
+    """Returns the stages with the work of each, in forward passes of an answer."""
+    method = policy_settings.method(settings)
+    update = 3.0 * method.epochs * (2 if rl_methods.has_critic(method) else 1)
+    held_out = min(settings.held_out * prompts, policy_data.MOST_HELD_OUT)
+    answer = 6.0  # sampling, and scoring by the policy, the reference and the rewards
+    return [
+        (_stage(settings), method.iterations * method.batch * (answer + update)),
+        ("evaluate", 2 * held_out * answer),
+    ]
+
+
+def _prepare(resolved: PPOSettings, mesh: Any, counts: errors.DropCount) -> stage_run.Prepared:
     """Loads and checks all inputs; what can be checked without loading a model is checked first."""
     functions = policy_rewards.find_functions(resolved)
     language, reward = initial_model.LANGUAGE_MODEL, initial_model.REWARD_MODEL
@@ -129,7 +142,8 @@ def _prepare(resolved: PPOSettings, mesh: Any, *, counts: errors.DropCount) -> t
                 f"{each.cfg.max_length}; lower --max-new-tokens or --prompt-width"
             )
     ptx = None if resolved.ptx is None else policy_data.read_ptx(policy.fmt, resolved.ptx, width=width)
-    return initial_model.with_date(resolved, policy), Inputs(policy, reference, found, critic, prompts, ptx)
+    inputs = Inputs(policy, reference, found, critic, prompts, ptx)
+    return stage_run.Prepared(policy, inputs, {"prompts": len(prompts)}, _stages(resolved, len(prompts)))
 
 
 @contextlib.contextmanager
@@ -166,7 +180,7 @@ class _KLLimit:
 
 
 def _train(
-    job: engine.Engine, stage: str, settings: PPOSettings, inputs: Inputs, opened: run_setup.OpenRun
+    job: engine.Engine, stage: str, settings: PPOSettings, inputs: Inputs, folder: pathlib.Path
 ) -> tuple[types.Params, dict[str, Any]]:
     """Trains and evaluates the policy; returns its averaged parameters and results."""
     method, policy, mesh = policy_settings.method(settings), inputs.policy, job.mesh
@@ -221,7 +235,7 @@ def _train(
     callbacks = []
     if settings.show_every:
         show = policy_samples.make_show(
-            opened.folder.path,
+            folder,
             sampler,
             scorer,
             held_out if len(held_out) else train,

@@ -63,15 +63,15 @@ if __name__ == "__main__":
     command_line.answer_help(parse)
     process_setup.use_huge_pages()
 
+import pathlib
 from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
-from finetune import demonstrations, outcome, training
+from finetune import demonstrations, outcome, stage_run, training
 from launch import entry_point, initial_model, run_folder
-from recipe import engine, human_comparisons, run_setup
-from rich.console import Console
+from recipe import engine, human_comparisons
 
 from rlhf_jax import diagnostics, lm, parallel, types
 from rlhf_jax.data import errors
@@ -80,78 +80,79 @@ from rlhf_jax.train import sft
 
 def run(settings: SFTSettings) -> dict[str, Any]:
     """Trains the model and returns the contents of results.json."""
-    out = Console()
-    if finished := outcome.show_finished(settings, out, _table):
-        return finished
-    counts = errors.DropCount(max_dropped=settings.data.max_dropped, flag="--data.max-dropped")
+    return stage_run.run(
+        settings,
+        counts=errors.DropCount(max_dropped=settings.data.max_dropped, flag="--data.max-dropped"),
+        prepare=partial(_prepare, settings),
+        train=partial(_train, settings),
+        title="Supervised fine-tuning",
+        rows=_table,
+    )
 
-    def prepare(resolved: SFTSettings, mesh: Any) -> tuple[SFTSettings, Any]:
-        key, data = jax.random.key(settings.seed), settings.data
-        if not initial_model.is_architecture(settings.model):
-            initial_model.check(settings.model)
-        found, preferred = demonstrations.read(data.path, counts)
-        if initial_model.is_architecture(settings.model):
-            fmt = demonstrations.train_chat_format(found, data.vocab_size)
-            model = initial_model.create(settings.model, fmt, key, mesh=mesh)
-        else:
-            initial_model.refuse_vocab_size(data)
-            model = initial_model.load(settings.model, mesh=mesh, template=settings.template)
-        limit = model.cfg.max_length
-        if data.width is not None and data.width > limit:
-            raise run_folder.SettingError(
-                f"--data.width is {data.width}; it must be at most {limit}, the maximum length of --model"
-            )
-        encoded, width = demonstrations.encode(
-            model.fmt, found, width=data.width, max_width=limit, train_on=data.train_on, counts=counts
+
+def _prepare(settings: SFTSettings, mesh: Any, counts: errors.DropCount) -> stage_run.Prepared:
+    """Loads the model, or creates it with a tokenizer trained on the file, and encodes the conversations."""
+    key, data = jax.random.key(settings.seed), settings.data
+    if not initial_model.is_architecture(settings.model):
+        initial_model.check(settings.model)
+    found, preferred = demonstrations.read(data.path, counts)
+    if initial_model.is_architecture(settings.model):
+        fmt = demonstrations.train_chat_format(found, data.vocab_size)
+        model = initial_model.create(settings.model, fmt, key, mesh=mesh)
+    else:
+        initial_model.refuse_vocab_size(data)
+        model = initial_model.load(settings.model, mesh=mesh, template=settings.template)
+    limit = model.cfg.max_length
+    if data.width is not None and data.width > limit:
+        raise run_folder.SettingError(
+            f"--data.width is {data.width}; it must be at most {limit}, the maximum length of --model"
         )
-        train, held_out = demonstrations.split(
-            encoded,
-            data.held_out,
-            jax.random.fold_in(engine.stage_key(settings.seed, "sft"), 1),
-            flag="--data.held-out",
-        )
-        rows = demonstrations.rows(train, width=width, pad_id=model.fmt.pad_id, packed=settings.packing)
-        training.rows_per_step(settings, len(rows.tokens_BL), mesh)
-        return initial_model.with_date(settings, model), (model, train, held_out, rows, preferred)
+    encoded, width = demonstrations.encode(
+        model.fmt, found, width=data.width, max_width=limit, train_on=data.train_on, counts=counts
+    )
+    train, held_out = demonstrations.split(
+        encoded,
+        data.held_out,
+        jax.random.fold_in(engine.stage_key(settings.seed, "sft"), 1),
+        flag="--data.held-out",
+    )
+    rows = demonstrations.rows(train, width=width, pad_id=model.fmt.pad_id, packed=settings.packing)
+    trained = training.rows_trained(settings, len(rows.tokens_BL), mesh)
+    return stage_run.Prepared(
+        model,
+        inputs=(train, held_out, rows),
+        sizes={"tokens per row": width, "conversations": len(train.ids) + len(held_out.ids)},
+        stages=[("sft", 3.0 * trained), ("evaluate", 2.0 * len(held_out.ids))],  # in forward passes of a row
+        remark="the file has comparisons; their preferred answers are the demonstrations" if preferred else "",
+    )
 
-    def stages(prepared: Any) -> list[tuple[str, float]]:
-        """Returns the stages with the work of each, in forward passes of a row."""
-        _, _, held_out, rows, _ = prepared
-        batch = min(settings.batch, len(rows.tokens_BL))
-        steps = training.count_steps(settings, len(rows.tokens_BL), batch=batch)
-        return [("sft", 3.0 * steps * batch), ("evaluate", 2.0 * len(held_out.ids))]
 
-    with run_setup.open_folder(settings, out, stages=stages, prepare=prepare) as opened:
-        model, train, held_out, rows, preferred = opened.prepared
-        width = rows.tokens_BL.shape[1]
-        cfg, fmt = initial_model.with_compute(model.cfg, settings.compute), model.fmt
-        job = engine.Engine(cfg=cfg, **opened.engine_fields)
-        n = len(train.ids) + len(held_out.ids)
-        if preferred:
-            run_setup.print_line(out, "the file has comparisons; their preferred answers are the demonstrations")
-        outcome.describe_data(out, counts, {"tokens per row": width, "conversations": n})
-        outcome.describe_model(opened, out, model, cfg)
-        start = training.trainable(settings.lora, cfg, model.params, jax.random.fold_in(job.key("sft"), 2))
-        token_logprobs = partial(lm.token_logprobs, cfg=cfg)
-        trained = training.fit(job, "sft", partial(sft.make_train_step, token_logprobs), start, rows, settings)
-        params = start.merge(start.frozen, trained.params)
-        job.progress.start("evaluate", 2)
-        measure = _make_held_out_loss(job, token_logprobs, held_out, width=width, pad_id=fmt.pad_id)
-        losses = {"before": measure(model.params), "after": measure(params)}
-        job.progress.finish("evaluate")
+def _train(
+    settings: SFTSettings, job: engine.Engine, folder: pathlib.Path, prepared: stage_run.Prepared
+) -> stage_run.Trained:
+    """Trains the model and measures its loss on held-out conversations."""
+    del folder
+    train, held_out, rows = prepared.inputs
+    width, initial = rows.tokens_BL.shape[1], prepared.model.params
+    start = training.trainable(settings.lora, job.cfg, initial, jax.random.fold_in(job.key("sft"), 2))
+    token_logprobs = partial(lm.token_logprobs, cfg=job.cfg)
+    trained = training.fit(job, "sft", partial(sft.make_train_step, token_logprobs), start, rows, settings)
+    params = start.merge(start.frozen, trained.params)
+    job.progress.start("evaluate", 2)
+    measure = _make_held_out_loss(job, token_logprobs, held_out, width=width, pad_id=prepared.model.fmt.pad_id)
+    losses = {"before": measure(initial), "after": measure(params)}
+    job.progress.finish("evaluate")
     per_step = rows.mask_BL.mean() * width * min(settings.batch, len(rows.mask_BL))
     results = {
         "conversations": {"training": len(train.ids), "held_out": len(held_out.ids)},
         "rows": len(rows.tokens_BL),
         "width": width,
-        "steps": len(opened.folder.log.rows("sft")),
+        "steps": len(job.log.rows("sft")),
         "tokens_per_second": trained.tokens_per_second(per_step),
         "held_out_loss": losses,
         "clusters": {"held-out loss": len(np.unique(human_comparisons.conversation_ids(held_out.records)))},
-        "dropped": counts.dropped | counts.truncated,
     }
-    outcome.save_model(opened.folder, cfg, params, fmt)
-    return outcome.finish(opened.folder, settings, results, out, title="Supervised fine-tuning", rows=_table)
+    return stage_run.Trained(params, results)
 
 
 def _make_held_out_loss(

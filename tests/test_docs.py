@@ -5,6 +5,7 @@ import builtins
 import contextlib
 import functools
 import importlib
+import importlib.util
 import io
 import os
 import pathlib
@@ -51,6 +52,14 @@ def test_the_python_blocks_of_a_page_run_in_order(name, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def load_script(script):
+    """Imports a script under another name, since a package may have its name."""
+    spec = importlib.util.spec_from_file_location(f"{pathlib.Path(script).stem}_script", ROOT / script)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look it up
+    spec.loader.exec_module(module)
+    return module
+
+
 OWN = ["--model", "MODEL", "--data.path", "FILE"]
 
 
@@ -63,7 +72,7 @@ def flags():
         assert (ROOT / script).is_file(), f"{script} does not exist"
         shown = io.StringIO()
         with contextlib.redirect_stdout(shown), pytest.raises(SystemExit) as left:
-            importlib.import_module(pathlib.Path(script).stem).main([*OWN * own, "--help"])
+            load_script(script).main([*OWN * own, "--help"])
         assert left.value.code in (0, None)
         return {"--help", *re.findall(r"--[\w.-]+", shown.getvalue())}
 

@@ -37,7 +37,7 @@ def supervised(cfg: lm.LMConfig, *, rows: int, length: int, micro_batches: int =
     mask_BL = np.ones((rows, length), bool)
 
     def batch(rng: np.random.Generator) -> sft.TokenBatch:
-        return sft.TokenBatch(benchmark_models.random_rows(rng, cfg, rows, length), mask_BL, mask_BL)  # type: ignore[arg-type]
+        return sft.TokenBatch(benchmark_models.random_rows(rng, cfg, rows, length), mask_BL, mask_BL)
 
     return _stepper(train_step, state_lib.create(benchmark_models.init(cfg), adam()), None, HYPER, batch)
 

@@ -9,9 +9,24 @@ from claims.direct_alignment import (
     c41_pair_shift,
     c43b_implicit_reward,
 )
-from claims.instructgpt import c04_labeler_agreement, c06_heldout_labelers, c07_alignment_tax, c09_kl_coefficient
-from claims.overoptimisation import c25_best_of_k
+from claims.instructgpt import (
+    c04_labeler_agreement,
+    c06_heldout_labelers,
+    c07_alignment_tax,
+    c09_kl_coefficient,
+)
+from claims.overoptimisation import (
+    c16_sqrt_kl,
+    c17_train_and_test_models,
+    c25_best_of_k,
+    c31_reward_model_overoptimised,
+    c35_functional_forms,
+    c37_policy_size,
+    c38_kl_penalty_frontier,
+)
 from claims.policy_optimisation import (
+    c32_separate_critic,
+    c33_adaptive_kl,
     c34_known_optimum,
     c42_implementation_details,
     c43a_early_updates,
@@ -23,8 +38,16 @@ _MODULES = (
     c06_heldout_labelers,
     c07_alignment_tax,
     c09_kl_coefficient,
+    c16_sqrt_kl,
+    c17_train_and_test_models,
     c25_best_of_k,
+    c31_reward_model_overoptimised,
+    c32_separate_critic,
+    c33_adaptive_kl,
     c34_known_optimum,
+    c35_functional_forms,
+    c37_policy_size,
+    c38_kl_penalty_frontier,
     c39_dpo_frontier,
     c40_unseen_answers,
     c41_pair_shift,

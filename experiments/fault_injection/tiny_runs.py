@@ -58,7 +58,7 @@ def build(stage: str, steps: int, *, seed: int = 0) -> Stage:
 
     frozen: Any = None
     if stage == "ppo":
-        text = sft.TokenBatch(rows(P + T), *2 * [np.ones((ROWS, P + T), bool)])  # type: ignore[arg-type]
+        text = sft.TokenBatch(rows(P + T), *2 * [np.ones((ROWS, P + T), bool)])
         data = ppo.Batch(rows(P), np.ones((ROWS, P), bool), text)  # type: ignore[arg-type]
         models = ppo.Models(_generate, _logprobs_and_entropy, _values, _score_rollout, _token_logprobs)
         step = ppo.make_train_step(models, epochs=2, minibatches=2, normalise_values=True)
@@ -66,7 +66,7 @@ def build(stage: str, steps: int, *, seed: int = 0) -> Stage:
         state = _random_state(lambda: ppo.create(table, scorer, adam, reference=table))
     elif stage == "sft":
         real_BL = np.arange(P + T) < rng.integers(3, P + T + 1, size=(ROWS, 1))
-        data = sft.TokenBatch(rows(P + T), real_BL, real_BL & (np.arange(P + T) > 0))  # type: ignore[arg-type]
+        data = sft.TokenBatch(rows(P + T), real_BL, real_BL & (np.arange(P + T) > 0))
         step, state = sft.make_train_step(_token_logprobs), _random_state(lambda: create(table))
     elif stage == "reward_model":
         ranks_BK = rng.integers(1, 4, size=(ROWS, 3)).astype(np.int32)

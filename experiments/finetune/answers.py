@@ -198,7 +198,7 @@ def sampler(settings: sampling_settings.Sampling, model: initial_model.InitialMo
 
     A temperature of 0 chooses the most likely token.
     """
-    spec = generation.Sampling(
+    spec: Any = generation.Sampling(
         temperature=settings.temperature or 1.0,
         greedy=settings.temperature == 0,
         top_k=settings.top_k,

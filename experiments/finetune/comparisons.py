@@ -8,12 +8,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from launch import device_mesh, initial_model, run_folder
+from launch import device_mesh, initial_model
 from launch.run_settings import SettingError
 from recipe import human_comparisons
-from rich.console import Console
 
-from finetune import outcome, preference_settings, training
+from finetune import preference_settings, training
 from rlhf_jax import types
 from rlhf_jax.data import chat, comparison_transforms, encoding, errors, packing, readers, records
 
@@ -63,6 +62,12 @@ class Data:
         return self.prompt_width + self.response_width
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes to print, by name."""
+        sizes = {"training comparisons": len(self.train), "held-out comparisons": len(self.held_out)}
+        return sizes | {"tokens per prompt": self.prompt_width, "tokens per answer": self.response_width}
+
+    @property
     def longest(self) -> int:
         """Number of tokens of the longest prompt with an answer, rounded up to a multiple of 32."""
         parts = self.train, self.held_out
@@ -100,16 +105,7 @@ def load(settings: Any, mesh: Any, counts: errors.DropCount) -> tuple[initial_mo
         _encode(model.fmt, part, group_B, widths, answers, counts, path=data.path)
         for part, group_B in zip(parts, groups)
     ]
-    return model, Data(*encoded, *widths, tuple(notes))  # pyright: ignore[reportCallIssue]
-
-
-def describe(out: Console, folder: run_folder.RunFolder, data: Data, counts: errors.DropCount) -> None:
-    """Prints the sizes of the data, and prints and saves the warnings about it."""
-    sizes = {"training comparisons": len(data.train), "held-out comparisons": len(data.held_out)}
-    sizes |= {"tokens per prompt": data.prompt_width, "tokens per answer": data.response_width}
-    outcome.describe_data(out, counts, sizes)
-    for text in data.notes:
-        folder.note("data", text)
+    return model, Data(encoded[0], encoded[1], *widths, tuple(notes))
 
 
 def _encode(

@@ -169,10 +169,10 @@ def rows(encoded: Encoded, *, width: int, pad_id: int, packed: bool) -> sft.Toke
     """Returns the conversations as rows of ``width`` tokens: one per row or, if ``packed``, several."""
     if packed:
         made = packing.pack(encoded.ids, encoded.learnt, width=width, pad_id=pad_id, counts=errors.DropCount())
-        return sft.TokenBatch(made.tokens_BL, made.mask_BL, made.loss_mask_BL, made.segments_BL)  # type: ignore
+        return sft.TokenBatch(made.tokens_BL, made.mask_BL, made.loss_mask_BL, made.segments_BL)
     shape = len(encoded.ids), width
     tokens_BL = np.full(shape, pad_id, np.int32)
     mask_BL, loss_mask_BL = np.zeros(shape, bool), np.zeros(shape, bool)
     for row, (ids, learnt) in enumerate(zip(encoded.ids, encoded.learnt)):
         tokens_BL[row, : len(ids)], mask_BL[row, : len(ids)], loss_mask_BL[row, : len(ids)] = ids, True, learnt
-    return sft.TokenBatch(tokens_BL, mask_BL, loss_mask_BL)  # type: ignore[arg-type]
+    return sft.TokenBatch(tokens_BL, mask_BL, loss_mask_BL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 from functools import partial
 from typing import Any
 
@@ -11,10 +12,9 @@ import numpy as np
 from launch import initial_model
 from preferences import direct_alignment
 from preferences import pairs as pairs_lib
-from recipe import engine, run_setup
-from rich.console import Console
+from recipe import engine
 
-from finetune import comparisons, outcome, training
+from finetune import comparisons, outcome, stage_run, training
 from finetune.preference_settings import OwnDPOSettings
 from rlhf_jax import diagnostics, lm, parallel
 from rlhf_jax.data import errors, packing
@@ -29,83 +29,92 @@ _SCORED_TOKENS = 8192
 
 def run(settings: OwnDPOSettings) -> dict[str, Any]:
     """Trains the policy and returns the contents of results.json."""
-    out = Console()
-    if finished := outcome.show_finished(settings, out, table):
-        return finished
-    counts = errors.DropCount(max_dropped=settings.data.max_dropped, flag="--data.max-dropped")
+    return stage_run.run(
+        settings,
+        counts=errors.DropCount(max_dropped=settings.data.max_dropped, flag="--data.max-dropped"),
+        prepare=partial(_prepare, settings),
+        train=partial(_train, settings),
+        title=f"{results_lib.label(settings.loss)} from {settings.model}",
+        rows=table,
+    )
 
-    def prepare(resolved: OwnDPOSettings, mesh: Any) -> tuple[OwnDPOSettings, Any]:
-        model, data = comparisons.load(settings, mesh, counts)
-        pairs, held_out = (
-            pairs_lib.from_rankings(part.rows, prompt_width=data.prompt_width, per_prompt=n, seed=settings.seed)
-            for part, n in ((data.train, settings.pairs), (data.held_out, 0))
-        )
-        rows = pairs.rows if settings.paired else pairs_lib.singles(pairs, prompt_width=data.prompt_width)
-        training.rows_per_step(settings, len(rows.tokens_BKL), mesh)
-        return initial_model.with_date(settings, model), (model, data, pairs, held_out, rows)
 
-    stages = [("reference", 15.0), (STAGE, 60.0), ("evaluate", 10.0)]
-    with run_setup.open_folder(settings, out, stages=stages, prepare=prepare) as opened:
-        model, data, pairs, held_out, rows = opened.prepared
-        cfg = initial_model.with_compute(model.cfg, settings.compute)
-        job = engine.Engine(cfg=cfg, **opened.engine_fields)
-        comparisons.describe(out, opened.folder, data, counts)
-        outcome.describe_model(opened, out, model, cfg)
-        P = data.prompt_width
-        token_logprobs = partial(lm.token_logprobs, cfg=cfg)
-        logprobs = partial(token_logprobs, prompt_width=P)
-        score = parallel.JitStep(
-            partial(dpo.answer_logprobs, logprobs),
-            donate_argnums=(),
-            mesh=job.mesh,
-            batch_args=(1,),
-            replicated_args=(),
-        )
-        chunk = max(1, _SCORED_TOKENS // (2 * data.row_width))
-        if settings.has_reference:
-            job.progress.start("reference", 1)
-            rows = reference_lib.attach_logprobs(
-                score,
-                model.params,
-                rows,
-                path=opened.folder.path / "reference" / f"{STAGE}.npz",
-                settings={"model": repr(cfg)},
-                rows=outcome.chunk_rows(chunk, job.mesh),
-                warn=partial(job.progress.message, "reference"),
-            )
-            job.progress.finish("reference")
-        else:
-            job.progress.skip("reference")
-        start = training.trainable(settings.lora, cfg, model.params, jax.random.fold_in(job.key(STAGE), 1))
-        planned = training.schedule(job, STAGE, len(rows.tokens_BKL), settings)
-        masks = [np.asarray(each.mask_BKL) for each in (rows, rows.mismatched) if each is not None]
-        batch_at, saving = comparisons.packed_batches(
-            settings,
-            job.mesh,
+def _prepare(settings: OwnDPOSettings, mesh: Any, counts: errors.DropCount) -> stage_run.Prepared:
+    """Loads the model and the comparisons, of which it makes pairs or, for kto, single answers."""
+    model, data = comparisons.load(settings, mesh, counts)
+    pairs, held_out = (
+        pairs_lib.from_rankings(part.rows, prompt_width=data.prompt_width, per_prompt=n, seed=settings.seed)
+        for part, n in ((data.train, settings.pairs), (data.held_out, 0))
+    )
+    rows = pairs.rows if settings.paired else pairs_lib.singles(pairs, prompt_width=data.prompt_width)
+    trained = training.rows_trained(settings, len(rows.tokens_BKL), mesh)
+    # In forward passes of an answer. For kto, a row has one answer and a mismatched one, which has no gradient.
+    stages = [
+        ("reference", 2.0 * len(rows.tokens_BKL) * settings.has_reference),
+        (STAGE, (6.0 if settings.paired else 4.0) * trained),
+        ("evaluate", 4.0 * len(held_out)),
+    ]
+    return stage_run.Prepared(model, (data, pairs, held_out, rows), data.sizes, stages, notes=data.notes)
+
+
+def _train(
+    settings: OwnDPOSettings, job: engine.Engine, folder: pathlib.Path, prepared: stage_run.Prepared
+) -> stage_run.Trained:
+    """Trains the policy and measures it on held-out pairs."""
+    model, (data, pairs, held_out, rows) = prepared.model, prepared.inputs
+    P = data.prompt_width
+    token_logprobs = partial(lm.token_logprobs, cfg=job.cfg)
+    logprobs = partial(token_logprobs, prompt_width=P)
+    score = parallel.JitStep(
+        partial(dpo.answer_logprobs, logprobs),
+        donate_argnums=(),
+        mesh=job.mesh,
+        batch_args=(1,),
+        replicated_args=(),
+    )
+    chunk = outcome.chunk_rows(max(1, _SCORED_TOKENS // (2 * data.row_width)), job.mesh)
+    if settings.has_reference:
+        job.progress.start("reference", 1)
+        rows = reference_lib.attach_logprobs(
+            score,
+            model.params,
             rows,
-            planned,
-            pack=packing.pack_preferences,
-            masks=masks,
-            pad_id=model.fmt.pad_id,
-            cost=_packed_cost(model, data),
+            path=folder / "reference" / f"{STAGE}.npz",
+            settings={"model": repr(job.cfg)},
+            rows=chunk,
+            warn=partial(job.progress.message, "reference"),
         )
-        hyper = direct_alignment.hyperparameters(settings, learning_rate=0.0)  # pyright: ignore[reportArgumentType]
+        job.progress.finish("reference")
+    else:
+        job.progress.skip("reference")
+    start = training.trainable(settings.lora, job.cfg, model.params, jax.random.fold_in(job.key(STAGE), 1))
+    planned = training.schedule(job, STAGE, len(rows.tokens_BKL), settings)
+    masks = [np.asarray(each.mask_BKL) for each in (rows, rows.mismatched) if each is not None]
+    batch_at, saving = comparisons.packed_batches(
+        settings,
+        job.mesh,
+        rows,
+        planned,
+        pack=packing.pack_preferences,
+        masks=masks,
+        pad_id=model.fmt.pad_id,
+        cost=_packed_cost(model, data),
+    )
+    hyper: Any = direct_alignment.hyperparameters(settings, learning_rate=0.0)
 
-        def make_train_step(**options: Any) -> Any:
-            objective = direct_alignment.LOSSES[settings.loss].objective
-            in_step = logprobs if batch_at is None else token_logprobs
-            step = dpo.make_train_step(in_step, objective, reference=None, **options)
-            return lambda state, frozen, values, batch, rng: step(state, frozen, hyper.replace(**values), batch, rng)  # pyright: ignore[reportAttributeAccessIssue]
+    def make_train_step(**options: Any) -> Any:
+        objective = direct_alignment.LOSSES[settings.loss].objective
+        in_step = logprobs if batch_at is None else token_logprobs
+        step = dpo.make_train_step(in_step, objective, reference=None, **options)
+        return lambda state, frozen, values, batch, rng: step(state, frozen, hyper.replace(**values), batch, rng)
 
-        trained = training.fit(job, STAGE, make_train_step, start, rows, settings, planned=planned, batch_at=batch_at)
-        params = start.merge(start.frozen, trained.params)
-        job.progress.start("evaluate", 2)
-        before_BK, after_BK = (
-            reference_lib.answer_logprobs(score, each, held_out.rows, rows=outcome.chunk_rows(chunk, job.mesh))
-            for each in (model.params, params)
-        )
-        job.progress.finish("evaluate")
-    measured = _measure(settings, hyper, held_out, before_BK, after_BK, data.held_out.conversation_B)
+    trained = training.fit(job, STAGE, make_train_step, start, rows, settings, planned=planned, batch_at=batch_at)
+    params = start.merge(start.frozen, trained.params)
+    job.progress.start("evaluate", 2)
+    before_BK, after_BK = (
+        reference_lib.answer_logprobs(score, each, held_out.rows, rows=chunk) for each in (model.params, params)
+    )
+    job.progress.finish("evaluate")
     results = {
         "loss": settings.loss,
         "comparisons": {"training": len(data.train), "held_out": len(data.held_out)},
@@ -116,12 +125,9 @@ def run(settings: OwnDPOSettings) -> dict[str, Any]:
         "packing": saving,
         "training_seconds": trained.seconds,
         "tokens_per_second": trained.tokens_per_second(masks[0].sum() / len(masks[0]) * planned.batch),
-        "dropped": counts.dropped | counts.truncated,
-        **measured,
+        **_measure(settings, hyper, held_out, before_BK, after_BK, data.held_out.conversation_B),
     }
-    outcome.save_model(opened.folder, cfg, params, model.fmt)
-    title = f"{results_lib.label(settings.loss)} from {model.path}"
-    return outcome.finish(opened.folder, settings, results, out, title=title, rows=table)
+    return stage_run.Trained(params, results)
 
 
 def _packed_cost(model: initial_model.InitialModel, data: comparisons.Data) -> float:

@@ -15,7 +15,7 @@ from recipe import engine
 
 from finetune import answers, outcome
 from finetune.policy_data import Prompts
-from finetune.policy_functions import RewardFunction
+from finetune.reward_functions import RewardFunction
 from rlhf_jax import lm, parallel, rewards, types
 from rlhf_jax.data import chat
 

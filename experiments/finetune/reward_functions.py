@@ -21,11 +21,13 @@ Messages = Sequence[dict[str, Any]]
 """A prompt as a list of messages with ``role`` and ``content``."""
 Records = Sequence[Mapping[str, Any]]
 """The other columns of each prompt."""
-RewardFunction = Callable[[Sequence[Messages], Sequence[str], Records], np.ndarray]
+ScoreAnswers = Callable[[Sequence[Messages], Sequence[str], Records], np.ndarray]
 """``(prompts, responses, records) -> scores_B``."""
+Scores = list[float] | list[list[float]]
+"""A number for each answer, or for each of its tokens."""
 
 
-def load(text: str, *, flag: str = "--reward") -> RewardFunction:
+def load(text: str, *, flag: str = "--reward") -> ScoreAnswers:
     """Returns the function that ``text`` names.
 
     The function receives a list of prompts, each a list of chat messages, and a list with one answer to each, as text.
@@ -56,6 +58,76 @@ def load(text: str, *, flag: str = "--reward") -> RewardFunction:
         return scores
 
     return checked
+
+
+class RewardFunction:
+    """A function for RL, which returns a number for each answer, or for each of its tokens.
+
+    It gets the lists that `load` describes and, if it has a parameter ``tokens``, the tokens of each answer.
+
+    Args:
+        spec: MODULE:FUNCTION or FILE.py:FUNCTION.
+
+    Raises:
+        SettingError: There is no such function, or it has other parameters.
+
+    Attributes:
+        name: Name of the function.
+        per_token: Whether it returns a number for each token; None before the first call.
+        failure: The error of the last call; None if it succeeded.
+    """
+
+    def __init__(self, spec: str) -> None:
+        """Imports the module, finds the function and checks its parameters."""
+        self.per_token: bool | None = None
+        self.failure: SettingError | None = None
+        self._where = f"--reward {spec}"
+        self._function = find(spec)
+        self.name = spec.rpartition(":")[2]
+        self._optional = accepted(self._function, ("records", "tokens"), where=self._where)
+
+    def __call__(
+        self,
+        prompts: Sequence[list[dict[str, Any]]],
+        answers: Sequence[str],
+        tokens: Sequence[list[str]],
+        records: Sequence[Mapping[str, Any]],
+    ) -> Scores:
+        """Calls the function and returns its numbers.
+
+        Args:
+            prompts: Chat messages of each prompt.
+            answers: Text of each answer.
+            tokens: The tokens of each answer as texts, which a function with the parameter ``tokens`` receives.
+            records: Other columns of each prompt, which a function with the parameter ``records`` receives.
+
+        Raises:
+            SettingError: The function raised an exception or returned something else; the error is also `failure`.
+        """
+        every = {"tokens": tokens, "records": records}
+        options = {name: every[name] for name in self._optional}
+        try:
+            values = call(self._function, prompts, answers, options, where=self._where, tokens=True)
+            return self._checked(values, [len(each) for each in tokens])
+        except SettingError as error:
+            self.failure = error
+            raise
+
+    def _checked(self, values: Sequence[np.ndarray], lengths: Sequence[int]) -> Scores:
+        per_token = any(each.ndim for each in values)
+        if self.per_token is not None and per_token != self.per_token:
+            raise self._wrong("once numbers for answers and once numbers for tokens")
+        for i, (each, length) in enumerate(zip(values, lengths)):
+            if per_token and each.shape != (length,):
+                raise self._wrong(f"shape {each.shape} for answer {i}, which has {length} tokens")
+            if not np.isfinite(each).all():
+                shown = f"{each}" if not each.ndim else "a number that is not finite"
+                raise self._wrong(f"{shown} for answer {i}")
+        self.per_token = per_token
+        return [each.tolist() for each in values]
+
+    def _wrong(self, what: str) -> SettingError:
+        return unusable(what, where=self._where, tokens=True)
 
 
 def accepted(function: Callable[..., Any], optional: Sequence[str], *, where: str) -> tuple[str, ...]:

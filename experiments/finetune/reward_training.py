@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,10 +15,9 @@ from launch import initial_model
 from launch.run_settings import SettingError
 from preferences import pairs as pairs_lib
 from preferences import reward_stages
-from recipe import engine, monitoring, policy_sampling, reward_diagnosis, run_setup, validation_loss
-from rich.console import Console
+from recipe import engine, monitoring, policy_sampling, reward_diagnosis, validation_loss
 
-from finetune import comparisons, outcome, training
+from finetune import comparisons, outcome, stage_run, training
 from finetune.preference_settings import OwnRewardSettings
 from rlhf_jax import diagnostics, lm, parallel, types
 from rlhf_jax.data import comparison_transforms, errors, packing
@@ -28,69 +28,85 @@ from rlhf_jax.train.optim import partition
 STAGE = "reward_model"
 _SCORED_TOKENS = 8192
 """Number of tokens that are scored at once."""
+NORMALISED_PROMPTS = 1024
+"""Maximum number of training prompts on whose chosen answers scores are normalised."""
 NORMALISED_ON = {"chosen": "chosen training answers", "held-out": "held-out"}
 
 
 def run(settings: OwnRewardSettings) -> dict[str, Any]:
     """Trains the reward model and returns the contents of results.json."""
-    out = Console()
-    if finished := outcome.show_finished(settings, out, table):
-        return finished
-    counts = errors.DropCount(max_dropped=settings.data.max_dropped, flag="--data.max-dropped")
+    return stage_run.run(
+        settings,
+        counts=errors.DropCount(max_dropped=settings.data.max_dropped, flag="--data.max-dropped"),
+        prepare=partial(_prepare, settings),
+        train=partial(_train, settings),
+        title="A reward model",
+        rows=table,
+    )
 
-    def prepare(resolved: OwnRewardSettings, mesh: Any) -> tuple[OwnRewardSettings, Any]:
-        model, data = comparisons.load(settings, mesh, counts)
-        train = data.train.take(settings.training.limit)
-        rows = train.rows
-        if settings.training.loss == "pairs":
-            rows = comparison_transforms.split_into_pairs(rows)
-        training.rows_per_step(settings, len(rows.ranks_BK), mesh)
-        return initial_model.with_date(settings, model), (model, data, train, rows)
 
-    with run_setup.open_folder(settings, out, stages=[(STAGE, 60.0), ("evaluate", 5.0)], prepare=prepare) as opened:
-        model, data, train, rows = opened.prepared
-        cfg = initial_model.with_compute(model.cfg, settings.compute)
-        job = engine.Engine(cfg=cfg, **opened.engine_fields)
-        comparisons.describe(out, opened.folder, data, counts)
-        outcome.describe_model(opened, out, model, cfg)
-        start = _trainable(settings, job, model)
-        planned = training.schedule(job, STAGE, len(rows.ranks_BK), settings)
-        mask_BKL = np.asarray(rows.mask_BKL) & np.asarray(rows.where_BK)[:, :, None]
-        batch_at, saving = comparisons.packed_batches(
-            settings,
-            job.mesh,
-            rows,
-            planned,
-            pack=packing.pack_comparisons,
-            masks=[mask_BKL],
-            pad_id=model.fmt.pad_id,
-        )
-        score = make_scorer(job, width=data.longest)
-        trained = training.fit(
-            job,
-            STAGE,
-            partial(
-                reward_model.make_train_step,
-                partial(lm.score, cfg=cfg),
-                packed_scores=partial(lm.packed_scores, cfg=cfg),
-                loss=reward_stages.make_loss(settings.training),
-            ),
-            start,
-            rows,
-            settings,
-            planned=planned,
-            batch_at=batch_at,
-            **_validation(settings, job, score, start, data.held_out.rows, planned.steps),
-        )
-        params = start.merge(start.frozen, trained.params)
-        if (heads := settings.training.heads) > 1:
-            params = lm.heads.combine(params, jnp.full(heads, 1 / heads))
-        params = lm.heads.absorb_gain(params)
-        job.progress.start("evaluate", 2)
-        facts = _diagnose(score, params, train, data)
-        job.progress.update("evaluate", 1, 2)
-        params, record = _normalise(settings, score, params, train, data.held_out)
-        job.progress.finish("evaluate")
+def _prepare(settings: OwnRewardSettings, mesh: Any, counts: errors.DropCount) -> stage_run.Prepared:
+    """Loads the model and the comparisons."""
+    model, data = comparisons.load(settings, mesh, counts)
+    train = data.train.take(settings.training.limit)
+    rows = train.rows
+    if settings.training.loss == "pairs":
+        rows = comparison_transforms.split_into_pairs(rows)
+    trained = training.rows_trained(settings, len(rows.ranks_BK), mesh)
+    # In forward passes of an answer.
+    held_out, most = float(np.sum(data.held_out.rows.where_BK)), policy_sampling.CHUNK
+    normalised = {"chosen": min(len(train), NORMALISED_PROMPTS), "held-out": held_out, "none": 0}
+    stages = [
+        (STAGE, 3.0 * trained * np.mean(np.sum(rows.where_BK, axis=1)) + validation_loss.TIMES * min(held_out, most)),
+        ("evaluate", held_out + most + normalised[settings.training.normalise]),
+    ]
+    return stage_run.Prepared(model, (data, train, rows), data.sizes, stages, notes=data.notes)
+
+
+def _train(
+    settings: OwnRewardSettings, job: engine.Engine, folder: pathlib.Path, prepared: stage_run.Prepared
+) -> stage_run.Trained:
+    """Trains the reward model, measures it on held-out comparisons and normalises its scores."""
+    del folder
+    model, (data, train, rows) = prepared.model, prepared.inputs
+    start = _trainable(settings, job, model)
+    planned = training.schedule(job, STAGE, len(rows.ranks_BK), settings)
+    mask_BKL = np.asarray(rows.mask_BKL) & np.asarray(rows.where_BK)[:, :, None]
+    batch_at, saving = comparisons.packed_batches(
+        settings,
+        job.mesh,
+        rows,
+        planned,
+        pack=packing.pack_comparisons,
+        masks=[mask_BKL],
+        pad_id=model.fmt.pad_id,
+    )
+    score = make_scorer(job, width=data.longest)
+    trained = training.fit(
+        job,
+        STAGE,
+        partial(
+            reward_model.make_train_step,
+            partial(lm.score, cfg=job.cfg),
+            packed_scores=partial(lm.packed_scores, cfg=job.cfg),
+            loss=reward_stages.make_loss(settings.training),
+        ),
+        start,
+        rows,
+        settings,
+        planned=planned,
+        batch_at=batch_at,
+        **_validation(settings, job, score, start, data.held_out.rows, planned.steps),
+    )
+    params = start.merge(start.frozen, trained.params)
+    if (heads := settings.training.heads) > 1:
+        params = lm.heads.combine(params, jnp.full(heads, 1 / heads))
+    params = lm.heads.absorb_gain(params)
+    job.progress.start("evaluate", 2)
+    facts = _diagnose(score, params, train, data)
+    job.progress.update("evaluate", 1, 2)
+    params, record = _normalise(settings, score, params, train, data.held_out)
+    job.progress.finish("evaluate")
     results = {
         "comparisons": {"training": len(train), "held_out": len(data.held_out)},
         "pairs": pairs_lib.count(train.rows)["pairs"],
@@ -99,15 +115,13 @@ def run(settings: OwnRewardSettings) -> dict[str, Any]:
         "packing": saving,
         "training_seconds": trained.seconds,
         "tokens_per_second": trained.tokens_per_second(mask_BKL.sum() / len(mask_BKL) * planned.batch),
-        "dropped": counts.dropped | counts.truncated,
         "alarms": [
             {"stage": STAGE, "step": alarm.step, "name": alarm.name, "message": alarm.message}
             for alarm in _watch(settings, job, lambda text: None).alarms
         ],
         "reward_model": facts | ({} if record is None else {"normalisation": dataclasses.asdict(record)}),
     }
-    outcome.save_model(opened.folder, cfg, params, model.fmt, normalisation=record)
-    return outcome.finish(opened.folder, settings, results, out, title="A reward model", rows=table)
+    return stage_run.Trained(params, results, {"normalisation": record})
 
 
 def _trainable(
@@ -222,7 +236,7 @@ def _normalise(
         return params, None
     params = lm.heads.reset(params)
     if rule == "chosen":
-        rows = train.take(1024).rows
+        rows = train.take(NORMALISED_PROMPTS).rows
         ranks_BK = np.where(np.asarray(rows.where_BK), np.asarray(rows.ranks_BK), np.iinfo(np.int32).max)
         at = np.arange(len(ranks_BK)), ranks_BK.argmin(axis=1)
         scores = score(params, np.asarray(rows.tokens_BKL)[at], np.asarray(rows.mask_BKL)[at])

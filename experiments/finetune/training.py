@@ -75,6 +75,12 @@ def rows_per_step(settings: StageSettings, rows: int, mesh: Any) -> int:
     return device_mesh.round_rows_down(rows - rows % settings.micro_batches, mesh, "--batch")
 
 
+def rows_trained(settings: StageSettings, rows: int, mesh: Any) -> int:
+    """Returns the number of rows of all steps; raises SettingError if ``rows`` rows are too few for a step."""
+    batch = rows_per_step(settings, rows, mesh)
+    return batch * count_steps(settings, rows, batch=batch)
+
+
 class Schedule(NamedTuple):
     """The rows of each step."""
 

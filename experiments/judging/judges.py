@@ -86,7 +86,7 @@ def score_with_model(
 
 
 def score_with_function(
-    function: reward_functions.RewardFunction, policies: Sequence[Given], *, batch: int, on_progress: Progress
+    function: reward_functions.ScoreAnswers, policies: Sequence[Given], *, batch: int, on_progress: Progress
 ) -> np.ndarray:
     """Returns the scores of all answers under a Python function, ``[policies, N, S]``.
 

@@ -78,7 +78,7 @@ def schedule(settings: DirectSettings, pairs: int, *, devices: int = 1) -> Sched
     return Schedule(rows, steps, max(0, n - steps * rows))
 
 
-def hyperparameters(settings: DirectSettings, *, learning_rate: float) -> dpo.Hyper:
+def hyperparameters(settings: direct_settings.LossSettings, *, learning_rate: float) -> dpo.Hyper:
     """Returns the hyperparameters of a step: the loss's defaults, overridden by the settings that are not None."""
     names = ("beta", "label_smoothing", "odds_weight", "margin", "sft_coef", "desirable_weight", "undesirable_weight")
     values = {name: value for name in names if (value := getattr(settings, name)) is not None}

@@ -431,4 +431,4 @@ def text_batch(rows_BL: np.ndarray) -> sft.TokenBatch:
     mask_BL = np.ones(rows_BL.shape, bool)
     loss_mask_BL = mask_BL.copy()
     loss_mask_BL[:, 0] = False
-    return sft.TokenBatch(rows_BL, mask_BL, loss_mask_BL)  # type: ignore[arg-type]
+    return sft.TokenBatch(rows_BL, mask_BL, loss_mask_BL)

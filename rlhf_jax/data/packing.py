@@ -233,8 +233,8 @@ def _pack_completions(
     def interleave(*arrays: np.ndarray) -> np.ndarray:
         return np.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])
 
-    places = (jax.tree.map(lambda x: x.reshape(B // groups, K), part.places) for part in parts)
-    return Packed(*map(interleave, *(part[:-1] for part in parts)), jax.tree.map(interleave, *places))
+    parts = [part._replace(places=jax.tree.map(lambda x: x.reshape(B // groups, K), part.places)) for part in parts]
+    return jax.tree.map(interleave, *parts)
 
 
 def pack_documents(documents: Sequence[padding.Ids], *, width: int, eos_id: int) -> tuple[np.ndarray, int]:

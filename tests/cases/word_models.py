@@ -19,7 +19,7 @@ def save(path, *, words, seed, scale=4.0, head=False, width=16, max_length=64, p
         n_heads=2,
         d_mlp=2 * width,
         max_length=max_length,
-        positions=positions,
+        positions=positions,  # pyright: ignore[reportArgumentType]
         tie_embeddings=True,
     )
     params = jax.tree.map(lambda x: scale * x, lm.init(jax.random.key(seed), cfg))

@@ -17,7 +17,7 @@ import reward_model as reward_model_command
 import sample
 import sft
 import word_models
-from finetune import answers, policy_functions, reward_functions
+from finetune import answers, reward_functions
 from judging import compared_policies, judges, reward_scores
 from launch import initial_model, run_folder
 from launch import settings as launch_settings
@@ -301,7 +301,7 @@ def test_errors_of_reward_functions_are_about_the_users_code(tmp_path):
         ("tokens", "missing a required argument: 'tokens'"),
         ("later", "it is a coroutine function"),
     ):
-        for make in (reward_functions.load, policy_functions.RewardFunction):
+        for make in (reward_functions.load, reward_functions.RewardFunction):
             if name != "tokens" or make is reward_functions.load:
                 with pytest.raises(run_folder.SettingError, match=f"^--reward {path}:{name} .*{message}"):
                     make(f"{path}:{name}")
@@ -317,7 +317,7 @@ def test_errors_of_reward_functions_are_about_the_users_code(tmp_path):
             reward_functions.load(f"{path}:{name}")(prompts, answers_, [{}, {}])
         assert "reward_functions.py" not in str(caught.value)
         with pytest.raises(run_folder.SettingError, match=message):
-            policy_functions.RewardFunction(f"{path}:{name}")(prompts, answers_, tokens, [{}, {}])
+            reward_functions.RewardFunction(f"{path}:{name}")(prompts, answers_, tokens, [{}, {}])
     np.testing.assert_array_equal(reward_functions.load(f"{path}:lazily")(prompts, answers_, [{}, {}]), [0, 1])
 
 

@@ -6,13 +6,14 @@ import json
 import pathlib
 import shutil
 import time
+from typing import Any
 
 import jax
 import numpy as np
 import ppo
 import pytest
 import word_models
-from finetune import policy_data, policy_functions, policy_rewards, policy_settings
+from finetune import policy_data, policy_rewards, policy_settings, reward_functions
 from launch import initial_model, process_setup, run_folder
 from launch.run_settings import SettingError
 
@@ -229,14 +230,14 @@ def test_equal_prompts_are_kept_with_the_columns_of_each(files, tmp_path):
 
     keys = jax.random.split(jax.random.key(0), 6)
     spec = generation.Sampling(max_new_tokens=4, stop_ids=model.fmt.stop_ids)
-    inputs = keys, found.tokens_BP, found.mask_BP
-    rollout = generation.generate(model.params, *inputs, cfg=model.cfg, sampling=spec)
-    function = policy_functions.RewardFunction(f"{files['functions']}:number")
+    sample: Any = functools.partial(generation.generate, model.params, keys, cfg=model.cfg, sampling=spec)
+    rollout = sample(found.tokens_BP, found.mask_BP)
+    function = reward_functions.RewardFunction(f"{files['functions']}:number")
     rewards = policy_rewards.Rewards({}, {"number": function}, {"number": 1.0})
     scores = policy_rewards.Scorer(rewards, model.fmt, found, None).measure({"parts": {}}, rollout, size=4)
     np.testing.assert_array_equal(scores["reward"], [1, 1, 2, 4, 5, 6])
     junk = np.where(found.mask_BP, found.tokens_BP, 0)
-    same = generation.generate(model.params, keys, junk, found.mask_BP, cfg=model.cfg, sampling=spec)
+    same = sample(junk, found.mask_BP)
     np.testing.assert_array_equal(rollout.tokens_BL[:, 12:], same.tokens_BL[:, 12:])
 
 
@@ -263,9 +264,9 @@ def test_errors_of_reward_functions_name_the_line(files, tmp_path):
         ppo.run(settings(files, tmp_path / "c", reward="missing"))
     assert not (tmp_path / "c").exists()
     with pytest.raises(SettingError, match="must have the form module:function"):
-        policy_functions.RewardFunction("count")
+        reward_functions.RewardFunction("count")
     with pytest.raises(SettingError, match="cannot import nowhere"):
-        policy_functions.RewardFunction("nowhere:count")
+        reward_functions.RewardFunction("nowhere:count")
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reward_model
-from finetune import comparisons, preference_settings, training
+from finetune import comparisons, direct_training, preference_settings, reward_training, training
 from launch import initial_model
 from launch.run_settings import SettingError
 
@@ -293,3 +293,19 @@ def test_other_commands_of_the_scripts_keep_their_settings(capsys):
             reward_model.parse([*flags, "--help"])
         text = capsys.readouterr().out
         assert shown in text and hidden not in text and "--model MODEL --data.path FILE" in text
+
+
+def test_the_time_left_follows_the_size_of_the_data(pairs):
+    """Stages are weighted by the forward passes of an answer; backward passes count twice."""
+    work = {}
+    for flags in ((), ("--epochs", 3), ("--loss", "kto"), ("--loss", "orpo")):
+        settings = dpo.parse([*map(str, (*NEW, "--data.path", pairs, "--batch", 8, *flags))])
+        work[flags] = dict(direct_training._prepare(settings, None, errors.DropCount()).stages)
+    rows, held_out = 58, 6
+    steps = math.ceil(rows / 8)
+    assert work[()] == {"reference": 2 * rows, "dpo": 6 * 8 * steps, "evaluate": 4 * held_out}
+    assert work["--epochs", 3]["dpo"] == 6 * 8 * math.ceil(3 * rows / 8)
+    assert work["--loss", "kto"]["dpo"] == 4 * 8 * math.ceil(2 * rows / 8) and work["--loss", "orpo"]["reference"] == 0
+    chosen = reward_model.parse([*map(str, (*NEW, "--data.path", pairs, "--batch", 8))])
+    stages = dict(reward_training._prepare(chosen, None, errors.DropCount()).stages)
+    assert stages["reward_model"] == 3 * 2 * 8 * steps + 8 * 2 * held_out

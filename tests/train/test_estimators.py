@@ -188,6 +188,12 @@ def scored(seed, B=8, T=5, **changes):
     return estimators.Scored(**arrays), numbers
 
 
+@functools.cache
+def compiled(name, **options):
+    """Compiled once for all examples."""
+    return jax.jit(functools.partial(getattr(estimators, name), **options))
+
+
 def assert_gae_matches_a_loop(s, n):
     mask = n["mask_BT"]
 
@@ -209,7 +215,7 @@ def assert_gae_matches_a_loop(s, n):
             expected[i, t] = pay[i, t] + 0.9 * following - values[i, t] + 0.9 * 0.6 * later
     if mask.sum() > 1:
         hyper: Any = ppo.Hyper(discount=0.9, lambda_=0.6)
-        got, returns = estimators.gae(s, hyper, whiten_rewards=True)
+        got, returns = compiled("gae", whiten_rewards=True)(s, hyper)
         np.testing.assert_allclose(got, white(expected, shift=True), atol=1e-4)
         np.testing.assert_allclose(returns, expected + values, atol=1e-4)
 
@@ -238,12 +244,12 @@ def test_estimators_match_python_loops(seed, samples):
             expected["dr_grpo"][i] = n["scores_B"][i] - scores.mean()
             expected["grpo"][i] = expected["dr_grpo"][i] / np.sqrt(scores.var() + advantages.WHITEN_EPSILON)
     for name, numbers_B in expected.items():
-        got, learnt = getattr(estimators, name)(s, hyper, samples=samples)
+        got, learnt = compiled(name, samples=samples)(s, hyper)
         np.testing.assert_allclose(got, numbers_B[:, None] * n["mask_BT"], atol=2e-5)
         assert learnt is None
-    got, _ = estimators.reinforce(s, hyper)
+    got, _ = compiled("reinforce")(s, hyper)
     np.testing.assert_allclose(got, (returns - 0.7)[:, None] * n["mask_BT"], atol=2e-5)
-    got, _ = estimators.reinforce_pp(s, hyper)
+    got, _ = compiled("reinforce_pp")(s, hyper)
     real = to_go[n["mask_BT"]]
     assert_gae_matches_a_loop(s, n)
     if len(real) > 1:
@@ -252,12 +258,10 @@ def test_estimators_match_python_loops(seed, samples):
 
 
 EVERY = {
-    "gae": functools.partial(estimators.gae, whiten_rewards=True),
-    "reinforce": estimators.reinforce,
-    "rloo": functools.partial(estimators.rloo, samples=4),
-    "grpo": functools.partial(estimators.grpo, samples=4),
-    "dr_grpo": functools.partial(estimators.dr_grpo, samples=4),
-    "reinforce_pp": estimators.reinforce_pp,
+    "gae": compiled("gae", whiten_rewards=True),
+    "reinforce": compiled("reinforce"),
+    "reinforce_pp": compiled("reinforce_pp"),
+    **{name: compiled(name, samples=4) for name in ("rloo", "grpo", "dr_grpo")},
 }
 
 
@@ -302,7 +306,7 @@ def test_gae_and_reinforce_pp_use_each_score_at_its_token(seed):
     if mask.sum() > 1:
         real = to_go[mask]
         white = (to_go - real.mean()) / np.sqrt(real.var() + advantages.WHITEN_EPSILON) * mask
-        np.testing.assert_allclose(estimators.reinforce_pp(steps, hyper)[0], white, atol=1e-4)
+        np.testing.assert_allclose(compiled("reinforce_pp")(steps, hyper)[0], white, atol=1e-4)
 
 
 @pytest.mark.parametrize("samples", [1, 3])

@@ -1,0 +1,82 @@
+"""C16: the reward is about linear in the square root of the KL, with one slope for all sizes (Bai et al. 2022, 4.3).
+
+Policies of three sizes are trained without a KL penalty against one reward model. The gain in score is regressed on the
+square root of the KL and on the KL itself, in the course of training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from claims import model_stages as ms
+from claims import trajectories, verdicts
+from claims.claim import Claim, Measured
+from claims.trial import Trial
+from rlhf_jax.report import plots
+
+SIZES = {
+    "small": {"layers": 1, "width": 48, "mlp": 128},
+    "medium": {"layers": 2, "width": 64, "mlp": 176},
+    "as the reward model": None,
+}
+
+
+def measure(trial: Trial) -> Measured:
+    """Returns the gain in score and the KL in the course of training for each size of the policy."""
+    recipe, at, measured = ms.Recipe(trial), trajectories.iterations(trial), {}
+    for name, size in SIZES.items():
+        changes = {} if size is None else {"size": size}
+        start = recipe.start if size is None else trial.result(trajectories.start_of, size=size)
+        run = trial.result(trajectories.follow, start, recipe.reward, at=at, kl_coef=0.0, **changes)
+        means = trajectories.means(run.value)
+        measured[name] = {"kl": means["kl"], "gain": means["score"] - means["score"][0]}
+    return measured
+
+
+def decide(measured_S: Sequence[Measured]) -> list[verdicts.Part]:
+    """Compares the two regressions, and the slopes between the sizes."""
+    better_S, spread_S = [], []
+    for measured in measured_S:
+        lines = [line(trajectories.root(run["kl"]), run["gain"]) for run in measured.values()]
+        others = [line(run["kl"], run["gain"]) for run in measured.values()]
+        slopes = np.array([slope for slope, _ in lines])
+        better_S.append(np.mean([first[1] - second[1] for first, second in zip(lines, others, strict=True)]))
+        spread_S.append(np.ptp(slopes) / np.abs(np.mean(slopes)))
+    return [
+        verdicts.above("share of variance explained by the square root of the KL − by the KL", better_S),
+        verdicts.below("largest − smallest slope of the three sizes / mean", spread_S, 0.25),
+    ]
+
+
+def line(x_C: np.ndarray, y_C: np.ndarray) -> tuple[float, float]:
+    """Returns the slope of a straight line and the share of the variance that it explains."""
+    slope = float(np.polyfit(x_C, y_C, 1)[0])
+    return slope, float(np.corrcoef(x_C, y_C)[0, 1] ** 2)
+
+
+def plot(measured_S: Sequence[Measured]) -> str:
+    """Draws the gain in score against the square root of the KL."""
+    with plots.axes(height=2.8) as (svg, (ax,)):
+        for name, color in zip(SIZES, ("sft", "best_of_n", "ppo"), strict=True):
+            for number, measured in enumerate(measured_S):
+                run, shown = measured[name], {} if number else {"label": name}
+                ax.plot(trajectories.root(run["kl"]), run["gain"], ".-", color=plots.color(color), alpha=0.6, **shown)
+        ax.set_xlabel("square root of the KL")
+        ax.set_ylabel("gain in score")
+        ax.legend(title="size of the policy")
+    return svg[0]
+
+
+CLAIM = Claim(
+    id="C16",
+    paper="Bai et al. 2022, Figures 4 and 13, section 4.3",
+    claim="The reward rises about linearly with the square root of the KL, with one slope for policies of all sizes.",
+    published="parallel lines (figure), early in training",
+    differs="The policies have 30,000 to 400,000 parameters instead of 13 million to 52 billion.",
+    measure=measure,
+    decide=decide,
+    plot=plot,
+    minutes=6.0,
+)

@@ -1,0 +1,157 @@
+"""Policies in the course of RL, also of other sizes than the reward model: what their answers are worth over time."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+from launch.settings import PPO, Net
+from recipe import jobs, policy_sampling, rl_methods, stages
+
+from claims.trial import Programs, Trial
+from rlhf_jax import generation, lm, parallel, types
+from rlhf_jax.simulation import labelers
+from rlhf_jax.train import ppo, ppo_models
+
+AT = (0, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24)
+"""Iterations after which policies are measured; the last is the length of training."""
+
+
+def iterations(trial: Trial, at: tuple[int, ...] = AT) -> tuple[int, ...]:
+    """Returns ``at`` or, with --quick, as many iterations from 0 on."""
+    return tuple(range(len(at))) if trial.quick else at
+
+
+def follow(
+    trial: Trial,
+    start: types.Params,
+    reward: types.Params,
+    test: types.Params | None = None,
+    *,
+    at: tuple[int, ...],
+    size: dict[str, int] | None = None,
+    **changes: Any,
+) -> dict[str, np.ndarray]:
+    """Trains a policy and returns what its answers to the held-out prompts are worth, ``[C, N, ...]``.
+
+    Args:
+        trial: The trial.
+        start: SFT model from which RL starts.
+        reward: The reward model, which is also the initial critic.
+        test: Another reward model, whose ``test_score`` is returned too; None for none.
+        at: Iterations after which the answers are sampled; the last is the number of iterations.
+        size: Size of the policy, if it is not that of the reward model, as --net settings.
+        **changes: Other --ppo settings.
+
+    Returns:
+        Gold utility, score, KL, features and, with ``test``, ``test_score`` of each answer at each of ``at``.
+    """
+    own = of_size(trial, size).with_ppo(iterations=at[-1], **changes)
+    rows = [_worth(own, start, start, reward, test)]
+    batch_at, hyper_at = stages.ppo_inputs(own, "ppo", ptx_coef=0.0)
+
+    def measure(done: int, state: Any, metrics: Any) -> None:
+        del metrics
+        if done in at:
+            rows.append(_worth(own, state.ema, start, reward, test))
+
+    own.fit(
+        "ppo",
+        own.ppo_step,
+        own.new_policy(start, reward),
+        at[-1],
+        batch_at=batch_at,
+        hyper_at=hyper_at,
+        frozen=ppo.Frozen(start, reward),
+        callbacks=[measure],
+    )
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _worth(trial: Trial, policy: Any, start: Any, reward: Any, test: Any) -> dict[str, np.ndarray]:
+    key = jax.random.fold_in(trial.key("evaluate"), 2000)
+    answers = trial.sampler(policy, start, reward, trial.task.eval_prompts, key)
+    tested = {} if test is None else {"test_score": trial.sampler.score(test, answers.tokens_BL, answers.mask_BL)}
+    return tested | {
+        "gold": np.asarray(answers.gold.total),
+        "score": answers.scores_B,
+        "kl": answers.kl_B,
+        "features": np.asarray(labelers.features(answers.gold)),
+    }
+
+
+def means(measured: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the mean over prompts of gold utility, score and KL at each checkpoint, ``[C]``."""
+    return {name: np.mean(measured[name], axis=1, dtype=np.float64) for name in ("gold", "score", "kl")}
+
+
+def start_of(trial: Trial, *, size: dict[str, int]) -> types.Params:
+    """Returns an SFT model of another size, trained like that from which RL starts."""
+    own, settings = of_size(trial, size), trial.settings.sft
+    return stages.supervised(own, "sft_mix", stages.pretrain(own), epochs=settings.mix_epochs, mix=settings.mix)
+
+
+def answer_often(
+    trial: Trial, start: types.Params, reward: types.Params, *, size: dict[str, int], prompts: int, samples: int
+) -> dict[str, np.ndarray]:
+    """Returns score and gold utility of many answers of a model of another size, ``[prompts, samples]``."""
+    own = of_size(trial, size)
+    asked = own.task.eval_prompts.at(np.repeat(np.arange(prompts), samples))
+    answers = own.sampler(start, start, reward, asked, jax.random.fold_in(own.key("evaluate"), 1000))
+    worth = {"score": answers.scores_B, "gold": np.asarray(answers.gold.total)}
+    return {name: x.reshape(prompts, samples) for name, x in worth.items()}
+
+
+def of_size(trial: Trial, size: dict[str, int] | None) -> Trial:
+    """Returns a trial whose policies have another size than its reward model and its critic."""
+    if size is None:
+        return trial
+    settings = dataclasses.replace(trial.settings, net=dataclasses.replace(Net(), **size))
+    cfg = jobs.model_config(settings, trial.task, None)
+    programs = _programs(cfg, trial.cfg, trial.spec, trial.task.prompt_width)
+    return dataclasses.replace(trial, settings=settings, cfg=cfg, shared=programs, sampler=programs.sampler(trial.task))
+
+
+class SizedPrograms(Programs):
+    """The compiled steps of a policy whose reward model and critic have another size."""
+
+    def __init__(
+        self, cfg: lm.LMConfig, reward_cfg: lm.LMConfig, spec: generation.Sampling, *, prompt_width: int
+    ) -> None:
+        """Stores the arguments."""
+        super().__init__(cfg, spec, prompt_width=prompt_width)
+        self._models = ppo_models.from_config(
+            cfg, spec, prompt_width=prompt_width, critic_cfg=reward_cfg, score_cfg=reward_cfg
+        )
+
+    def sampler(self, task: Any) -> policy_sampling.Sampler:
+        """Returns the sampler of answers to the prompts of ``task``."""
+        if self._sampler is None:
+            self._sampler = policy_sampling.Sampler(self._models, task=task)
+        return self._sampler.with_task(task)
+
+    def compiled_ppo(self, settings: PPO) -> parallel.JitStep:
+        """The iteration of PPO; all settings must have the same options of the step."""
+        if not self._ppo_steps:
+            step = ppo.make_train_step(self._models, **rl_methods.train_step_options(settings))
+            self._ppo_steps[settings] = parallel.jit_step(step)
+        return next(iter(self._ppo_steps.values()))
+
+
+@functools.cache
+def _programs(cfg: lm.LMConfig, reward_cfg: lm.LMConfig, spec: generation.Sampling, width: int) -> SizedPrograms:
+    return SizedPrograms(cfg, reward_cfg, spec, prompt_width=width)
+
+
+def at_root(root_kl_C: np.ndarray, values_C: np.ndarray, roots_K: np.ndarray) -> np.ndarray:
+    """Returns values at given square roots of the KL, by linear interpolation between the checkpoints."""
+    order = np.argsort(root_kl_C)
+    return np.interp(roots_K, root_kl_C[order], values_C[order])
+
+
+def root(kl: Any) -> np.ndarray:
+    """Returns the square root of estimates of a KL, some of which may be slightly negative."""
+    return np.sqrt(np.maximum(np.asarray(kl, np.float64), 0.0))

@@ -1,0 +1,192 @@
+"""Claims are decided as they should be, on synthetic measurements."""
+
+import numpy as np
+import pytest
+from claims import trajectories, verdicts
+from claims.overoptimisation import (
+    c16_sqrt_kl,
+    c17_train_and_test_models,
+    c31_reward_model_overoptimised,
+    c35_functional_forms,
+    c37_policy_size,
+    c38_kl_penalty_frontier,
+)
+from claims.policy_optimisation import c32_separate_critic, c33_adaptive_kl
+
+KL_C = np.array([0.0, 0.3, 1.0, 2.2, 4.0, 6.0, 9.0, 12.0, 16.0])
+D_C = np.sqrt(KL_C)
+
+
+def c16(rng, effect, noise=0.02):
+    """Effect 1 is a line in the root of the KL, -1 one in the KL with slopes that differ between sizes."""
+    curve_C, slopes = (D_C, (1.0, 1.0, 1.0)) if effect > 0 else (KL_C, (0.5, 1.0, 2.0))
+    noises = rng.normal(size=(3, len(D_C))) * noise
+    if effect == 0:
+        return {name: {"kl": KL_C, "gain": noises[i]} for i, name in enumerate(c16_sqrt_kl.SIZES)}
+    return {
+        name: {"kl": KL_C, "gain": slope * curve_C + noises[i]}
+        for i, (name, slope) in enumerate(zip(c16_sqrt_kl.SIZES, slopes, strict=True))
+    }
+
+
+def c17(rng, effect, noise=0.02):
+    share_C = np.linspace(0, 1, len(c17_train_and_test_models.AT)) ** 2
+    arms = ("train model", "test model", "labelers")
+    gains = {"train model": effect * share_C, "test model": 0 * share_C, "labelers": 0 * share_C}
+    return {
+        name: {
+            "gain": share_C + gains[name] + noise * rng.normal(size=len(share_C)) * (share_C > 0),
+            "win_rate": 0.6 + 0.2 * gains[name] + noise * rng.normal(size=len(share_C)),
+        }
+        for name in arms
+    }
+
+
+def c31(rng, effect, noise=0.02):
+    kl_C = np.array([16.0, 12.0, 9.0, 6.0, 4.0, 2.2, 1.0, 0.3])
+    d_C = np.sqrt(kl_C)
+    gold_C = {1: d_C - 0.2 * d_C**2, -1: 0.2 * d_C**2 - d_C, 0: 0 * d_C}[effect]
+    return {
+        f"{coef:g}": {
+            "kl": kl_C[i],
+            "gold": gold_C[i] + noise * rng.normal(),
+            "score": (d_C[i] if effect else 0.0) + noise * rng.normal(),
+        }
+        for i, coef in enumerate(c31_reward_model_overoptimised.COEFS)
+    }
+
+
+def c32(rng, effect, noise=0.02):
+    gains = dict.fromkeys(c32_separate_critic.ARMS, 0.0) | {c32_separate_critic.SEPARATE: 0.2 * effect}
+    return {name: {"score": gain + noise * rng.normal()} for name, gain in gains.items()}
+
+
+def c33(rng, effect, noise=0.0):
+    spread = {1: (0.5, 0.02), -1: (0.05, 0.8), 0: (0.3, 0.3)}[effect]
+    return {
+        name: {"kl": c33_adaptive_kl.TARGET * np.exp(each * rng.normal(size=3))}
+        for name, each in zip(c33_adaptive_kl.ARMS, spread, strict=True)
+    }
+
+
+def c35(rng, effect, noise=0.002):
+    """Effect 1 has the curves of the paper, -1 exchanges the two methods."""
+    kl_M = np.linspace(0.25, 9.0, 12)
+    d_M = np.sqrt(kl_M)
+    curves = [d_M * (1 - 0.25 * d_M), d_M * (1 - 0.6 * np.log(d_M))]
+    if effect == 0:
+        curves = [0.01 * rng.normal(size=len(d_M)) for _ in range(2)]
+    return {
+        name: {"kl": kl_M, "gain": curve_M + noise * rng.normal(size=len(d_M))}
+        for name, curve_M in zip(c35_functional_forms.FORMS, curves[:: 1 if effect >= 0 else -1], strict=True)
+    }
+
+
+def c37(rng, effect, noise=0.005):
+    ns = np.array(c37_policy_size.NS)
+    best_kl_M = np.log(ns) - (ns - 1) / ns
+    spent, more = {1: (4.0, 0.5), -1: (0.25, -0.5), 0: (1.0, 0.0)}[effect]
+    measured = {}
+    for name, gain in (("small", 1.0 + more), ("large", 1.0)):
+        stretch = 3.0 if effect < 0 and name == "small" else 1.0
+        d_C = D_C / stretch
+        gold_C = d_C * (1 - np.log(np.maximum(d_C, 1e-9)))
+        level_M = gain * np.sqrt(best_kl_M)
+        measured[name] = {
+            "rl": {
+                "kl": KL_C,
+                "score": np.sqrt(KL_C / spent) + noise * rng.normal(size=len(D_C)),
+                "gold": gold_C + noise * rng.normal(size=len(D_C)),
+            },
+            "best of n": {
+                "kl": best_kl_M,
+                "score": np.sqrt(best_kl_M) + noise * rng.normal(size=len(ns)),
+                "gold": level_M + noise * rng.normal(size=len(ns)),
+            },
+        }
+    return measured
+
+
+def c38(rng, effect, noise=0.005):
+    gains = {1: (0.0, 0.2), -1: (0.1, -0.2), 0: (0.0, 0.0)}[effect]
+    return {
+        name: {
+            "kl": KL_C,
+            "gold": np.sqrt(KL_C) + (gains[0] * (KL_C > 0) if name != "no penalty" else 0) + shift,
+            "score": np.sqrt(KL_C) + (gains[1] * (KL_C > 0) if name != "no penalty" else 0) + shift,
+        }
+        for name, shift in zip(c38_kl_penalty_frontier.COEFS, noise * rng.normal(size=3), strict=True)
+    }
+
+
+CASES = {
+    "C16": (c16_sqrt_kl, c16),
+    "C17": (c17_train_and_test_models, c17),
+    "C31": (c31_reward_model_overoptimised, c31),
+    "C32": (c32_separate_critic, c32),
+    "C33": (c33_adaptive_kl, c33),
+    "C35": (c35_functional_forms, c35),
+    "C37": (c37_policy_size, c37),
+    "C38": (c38_kl_penalty_frontier, c38),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("effect", "verdict"), [(1, "shown"), (-1, "refuted")])
+def test_an_effect_is_shown_and_the_reverse_refuted(name, effect, verdict):
+    module, make = CASES[name]
+    rng = np.random.default_rng(0)
+    parts = module.decide([make(rng, effect) for _ in range(5)])
+    assert verdicts.overall(parts) == verdict, parts
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_noise_is_rarely_shown(name):
+    module, make = CASES[name]
+    rng = np.random.default_rng(1)
+    shown = [verdicts.overall(module.decide([make(rng, 0) for _ in range(5)])) == "shown" for _ in range(200)]
+    assert np.mean(shown) <= 0.05
+
+
+def test_values_at_equal_kl_are_interpolated_between_checkpoints():
+    roots_K = np.array([0.5, 1.5, 2.0])
+    kl_C, values_C = np.array([0.0, 4.0, 1.0]), np.array([0.0, 3.0, 1.0])  # not sorted
+    expected = [0.5, 2.0, 3.0]
+    np.testing.assert_allclose(trajectories.at_root(trajectories.root(kl_C), values_C, roots_K), expected)
+    np.testing.assert_array_equal(trajectories.root([-0.1, 4.0]), [0.0, 2.0])
+
+
+def test_the_kl_at_one_score_is_interpolated():
+    run = {"score": np.array([0.0, 1.0, 3.0, 2.0]), "kl": np.array([0.0, 1.0, 9.0, 16.0])}
+    assert c37_policy_size.first_root(run, 2.0) == pytest.approx(2.0)
+    assert c37_policy_size.first_root(run, 0.0) == pytest.approx(0.0)
+    other = run | {"kl": run["kl"] / 4}
+    assert c37_policy_size.kl_ratio(run, other) == pytest.approx(np.log(4))
+
+
+def test_the_parabola_of_gold_utility_has_no_constant():
+    d_C = np.array([0.5, 1.0, 2.0, 3.0])
+    assert c31_reward_model_overoptimised.bend(d_C, 2 * d_C - 0.5 * d_C**2) == pytest.approx(-0.5)
+
+
+def test_deviations_are_from_the_mean_of_the_other_worlds():
+    log_kl_SM = np.random.default_rng(0).normal(size=(4, 3))
+    expected = []
+    for s in range(4):
+        others = [log_kl_SM[t, m] for t in range(4) if t != s for m in range(3)]
+        expected.append(np.mean([abs(log_kl_SM[s, m] - np.mean(others)) for m in range(3)]))
+    np.testing.assert_allclose(c33_adaptive_kl.deviation(log_kl_SM), expected)
+
+
+def test_the_implied_win_rate_uses_scores_before_normalisation():
+    score_CN, gain = np.array([[0.0, 1.0], [2.0, 0.0]]), 0.5
+    expected = np.mean([1 / (1 + np.exp(-4.0)), 1 / (1 + np.exp(2.0))])
+    implied_C = c17_train_and_test_models.implied(score_CN, {"head": {"gain": gain}})
+    np.testing.assert_allclose(implied_C, [0.5, expected])
+
+
+def test_predictions_beyond_the_fitted_range_are_exact_for_the_form_of_the_points():
+    kl_M = np.linspace(0.25, 9.0, 12)
+    points = {"kl": kl_M[::-1], "gain": (np.sqrt(kl_M) * (1 - 0.2 * np.sqrt(kl_M)))[::-1]}
+    own, other = (c35_functional_forms.error(points, form) for form in c35_functional_forms.FORMS.values())
+    assert own < 1e-9 < 0.01 < other
