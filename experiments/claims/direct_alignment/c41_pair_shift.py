@@ -24,10 +24,10 @@ from rlhf_jax import types
 from rlhf_jax.report import plots
 from rlhf_jax.train.optim import schedules
 
-WORLDS = 24
+WORLDS = 48
 """Number of bandits per seed."""
 PAIRS = 256
-COEF = 0.1
+COEF = 0.3
 """KL coefficient of PPO, and beta of DPO."""
 ROUNDS = 4
 PAIRS_OF_ROUND = 1024
