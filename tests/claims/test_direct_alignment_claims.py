@@ -189,3 +189,22 @@ def test_the_optimum_is_worth_its_own_gain():
         assert float(found["gain"]) == pytest.approx(gain, rel=1e-4)
         assert float(found["kl"]) == pytest.approx(kl, rel=1e-4)
         assert float(found["optimum"]) == pytest.approx(gain, rel=1e-3)
+
+
+def test_pairs_have_different_answers_in_the_proportions_of_the_policy():
+    """The share of each ordered pair equals the probability that a loop over answers computes."""
+    rng = np.random.default_rng(0)
+    logits_SA, rewards_SA = rng.normal(size=(2, 1, 3)).astype(np.float32)
+    n = 40_000
+    pairs = c34_known_optimum.sample_pairs(jax.random.key(0), jnp.asarray(logits_SA), jnp.asarray(rewards_SA), n=n)
+    tokens_B22 = np.asarray(pairs.tokens_BKL)
+    p_A = np.exp(logits_SA[0]) / np.exp(logits_SA[0]).sum()
+    assert (tokens_B22[:, 0, 1] != tokens_B22[:, 1, 1]).all()
+    for better in range(3):
+        for worse in range(3):
+            if better == worse:
+                continue
+            drawn = p_A[better] * p_A[worse] * (1 / (1 - p_A[better]) + 1 / (1 - p_A[worse]))
+            expected = drawn / (1 + np.exp(rewards_SA[0, worse] - rewards_SA[0, better]))
+            found = np.mean((tokens_B22[:, 0, 1] == better) & (tokens_B22[:, 1, 1] == worse))
+            assert abs(found - expected) < 5 * np.sqrt(expected / n)

@@ -2,8 +2,8 @@
 
 On bandits with 8 prompts and 8 answers, the policy that maximises reward minus KL is known: the reference times
 ``exp(reward / coefficient)``, normalised. PPO is trained with the true reward, with a reward model fitted to many
-labels, and with one fitted to few labels. The few labels compare answers of the reference (offline) or, in rounds,
-answers of the latest policy (online). Online labels should help only if the policy moves far from the reference.
+labels, and with one fitted to few labels. The few labels compare different answers of the reference (offline)
+or, in rounds, of the latest policy (online). Online labels should help only if the policy moves far from the reference.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from rlhf_jax import types
 from rlhf_jax.report import plots
 from rlhf_jax.simulation import bandit
 
-WORLDS = 12
+WORLDS = 24
 """Number of bandits per seed."""
 COEFS = (0.1, 1.0)
 """KL coefficients, with which the policy moves far and little."""
-MANY, FEW = 5120, 128
+MANY, FEW = 5120, 512
 """Numbers of labels."""
 ROUNDS = 4
 SHARPNESS = 2.0
@@ -38,7 +38,20 @@ OPTIMUM_COEFS = np.geomspace(0.005, 50, 400)
 
 @partial(jax.jit, static_argnames="n")
 def _sample(keys_W: jax.Array, policy_WSA: jax.Array, rewards_WSA: jax.Array, *, n: int) -> types.Preferences:
-    return jax.vmap(partial(bandit_study.sample_pairs, n=n))(keys_W, policy_WSA, rewards_WSA)
+    return jax.vmap(partial(sample_pairs, n=n))(keys_W, policy_WSA, rewards_WSA)
+
+
+def sample_pairs(key: jax.Array, logits_SA: jax.Array, rewards_SA: jax.Array, *, n: int) -> types.Preferences:
+    """Samples ``n`` pairs of different answers, labelled by the Bradley-Terry model, preferred answer first."""
+    prompt, first, second, label = jax.random.split(key, 4)
+    prompts_B = jax.random.randint(prompt, (n,), 0, len(logits_SA))
+    a_B = jax.random.categorical(first, logits_SA[prompts_B])
+    same_BA = jax.nn.one_hot(a_B, logits_SA.shape[1], dtype=bool)
+    b_B = jax.random.categorical(second, jnp.where(same_BA, -jnp.inf, logits_SA[prompts_B]))
+    wins_B = jax.random.bernoulli(label, jax.nn.sigmoid(rewards_SA[prompts_B, a_B] - rewards_SA[prompts_B, b_B]))
+    answers_B2 = jnp.where(wins_B[:, None], jnp.stack([a_B, b_B], 1), jnp.stack([b_B, a_B], 1))
+    tokens_B22 = jnp.stack([jnp.repeat(prompts_B[:, None], 2, axis=1), answers_B2], axis=-1).astype(jnp.int32)
+    return types.Preferences(tokens_B22, None, jnp.ones((n, 2, 1), bool))
 
 
 _fit_rewards = jax.jit(jax.vmap(bandit_study.fit_rewards))
@@ -150,7 +163,7 @@ CLAIM = Claim(
     "the policy moves far.",
     published="style tasks: 86 % against zero-shot, 77 % against a policy trained with a classifier",
     differs="Bandits replace the language model and the mock sentiment reward, so 5,000 labels are "
-    "many for 64 answers. Online labels are compared with offline ones at 128 labels.",
+    "many for 64 answers. Online labels are compared with offline ones at 512 labels.",
     measure=measure,
     decide=decide,
     plot=plot,
