@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from claims.claim import Claim
+from claims.direct_alignment import (
+    c40_unseen_answers,
+    c41_pair_shift,
+    c43b_implicit_reward,
+)
 from claims.instructgpt import (
     c02_pair_batches,
     c03_sft_epochs,
@@ -25,7 +30,11 @@ from claims.overoptimisation import (
     c37_policy_size,
     c38_kl_penalty_frontier,
 )
-from claims.policy_optimisation import c32_separate_critic, c33_adaptive_kl
+from claims.policy_optimisation import (
+    c32_separate_critic,
+    c33_adaptive_kl,
+    c34_known_optimum,
+)
 
 _MODULES = (
     c02_pair_batches,
@@ -44,9 +53,13 @@ _MODULES = (
     c31_reward_model_overoptimised,
     c32_separate_critic,
     c33_adaptive_kl,
+    c34_known_optimum,
     c35_functional_forms,
     c36_reward_scaling,
     c37_policy_size,
     c38_kl_penalty_frontier,
+    c40_unseen_answers,
+    c41_pair_shift,
+    c43b_implicit_reward,
 )
 CLAIMS: dict[str, Claim] = {module.CLAIM.id: module.CLAIM for module in _MODULES}
