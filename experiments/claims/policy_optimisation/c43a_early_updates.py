@@ -73,8 +73,8 @@ CLAIM = Claim(
     paper='"The N implementation details of RLHF with PPO" 2023, section on Adam',
     claim="PyTorch's Adam makes more aggressive early updates than TensorFlow 1's.",
     published="first updates: approximate KL 2.37e-3 against 3.7e-4, share of clipped tokens 2.0 % against 0.5 %",
-    differs="The learning rate is 6e-4 instead of 1e-5, and epsilon 1e-4 instead of 1e-5, because the model is small and "
-    "its gradients are larger. The size of the effect depends on epsilon relative to the gradients.",
+    differs="The learning rate is 6e-4 instead of 1e-5, and epsilon 1e-4 instead of 1e-5, because the model is small "
+    "and its gradients are larger. The size of the effect depends on epsilon relative to the gradients.",
     measure=measure,
     decide=decide,
     plot=plot,
