@@ -101,7 +101,7 @@ def run(settings: ClaimsSettings) -> list[dict[str, Any]]:
 
 
 def _run_claims(settings: ClaimsSettings, folder: pathlib.Path, out: Console) -> None:
-    ids = list(catalogue.CLAIMS) if settings.all else [each.upper() for each in settings.claims]
+    ids = list(catalogue.CLAIMS) if settings.all else [each.capitalize() for each in settings.claims]
     if unknown := [each for each in ids if each not in catalogue.CLAIMS]:
         raise SettingError(f"there is no claim {unknown[0]}; the claims are {', '.join(catalogue.CLAIMS)}")
     folder.mkdir(parents=True, exist_ok=True)

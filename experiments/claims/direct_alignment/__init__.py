@@ -1,0 +1,1 @@
+"""Claims about DPO and its comparison with PPO."""

@@ -1,0 +1,211 @@
+"""Claims about InstructGPT and the size of reward models are decided as they should be, on synthetic measurements."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from claims import claim_results, reward_sizes, reward_training, verdicts
+from claims.instructgpt import (
+    c02_pair_batches,
+    c03_sft_epochs,
+    c05_labeler_groups,
+    c08_ptx_versus_kl,
+    c10_learning_rates,
+)
+from claims.overoptimisation import c18_reward_size, c36_reward_scaling
+
+from rlhf_jax import losses, types
+from rlhf_jax.simulation import labelers
+
+Make = Callable[[np.random.Generator, float], dict[str, Any]]
+"""Returns measurements of one seed with an effect of this size: 1 as stated, -1 reversed, 0 none."""
+
+
+def pair_batches(rng, effect):
+    base, more = 0.6 + 0.01 * rng.normal(), {"shuffled": 0.05 * effect, "3 epochs": 0.04 * effect}
+    return {name: {"loss": base + more.get(name, 0) + 0.002 * rng.normal()} for name in c02_pair_batches.ARMS}
+
+
+def sft_epochs(rng, effect):
+    measured = {}
+    for place, epoch in enumerate(c03_sft_epochs.EPOCHS):
+        rise = effect * 0.05 * place
+        measured[str(epoch)] = {name: rise + 0.01 * rng.normal() for name in ("loss", "score", "gold")}
+    return measured
+
+
+def labeler_groups(rng, effect):
+    common = 0.68 + 0.005 * rng.normal(size=5)
+    gaps = {"in-group": 0.025 * effect, "held-out": 0.0}
+    return {name: {"accuracy": common + gap + 0.002 * rng.normal(size=5)} for name, gap in gaps.items()}
+
+
+def ptx_versus_kl(rng, effect):
+    arms = {"start": (0.4, 0.6), "ppo": (0.4 - 0.1 * effect, 0.7)}
+    arms |= {f"ptx {c:g}": (0.4 + 0.1 * effect, 0.7 if effect > 0 else 0.6) for c in c08_ptx_versus_kl.PTX}
+    arms |= {f"kl {c:g}": (0.4 - 0.1 * effect, 0.68) for c in c08_ptx_versus_kl.KL}
+    return {
+        name: {"skills": skills + 0.01 * rng.normal(), "gold": gold + 0.005 * rng.normal()}
+        for name, (skills, gold) in arms.items()
+    }
+
+
+def learning_rates(rng, effect):
+    falls = {"PPO": [0.1, -0.02 - 0.06 * effect, -0.3], "PPO-ptx": [0.1, -0.02 + 0.06 * effect, -0.3]}
+    arms = {
+        f"{name}, rate x {rate}": {"gain": gain + 0.02 * rng.normal(), "loss": 1.0}
+        for name, gains in falls.items()
+        for rate, gain in zip(c10_learning_rates.RATES, gains)
+    }
+    for place, ratio in enumerate(c10_learning_rates.RATIOS):
+        arms[f"PPO-ptx, ratio {ratio:g}"] = {"gain": 0.1, "loss": 1.1 - 0.05 * effect * place + 0.01 * rng.normal()}
+    return arms
+
+
+def reward_curves(rng, effect):
+    d = np.sqrt(np.log(reward_sizes.NS) - 1 + 1 / np.array(reward_sizes.NS))
+    curves = {}
+    for place, size in enumerate((*reward_sizes.NETS, reward_sizes.LARGEST)):
+        bend = 0.02 - 0.004 * effect * place
+        noise = 0.002 * rng.normal() * d
+        curves[size] = {"proxy": 1.2 * d, "gold": d * (0.1 - bend * d) + noise + 0.001 * rng.normal(size=len(d)) * d}
+    return curves
+
+
+def reward_scaling(rng, effect):
+    curves = reward_curves(rng, effect)
+    largest = curves[reward_sizes.LARGEST]
+    quarter = {name: dict(largest, gold=largest["gold"] * (1 - 0.3 * effect)) for name in c36_reward_scaling.QUARTER}
+    for curve in quarter.values():
+        curve["gold"] = curve["gold"] + 0.004 * rng.normal() * curve["proxy"]
+    return curves | quarter
+
+
+CASES = [
+    (c02_pair_batches.CLAIM, pair_batches),
+    (c03_sft_epochs.CLAIM, sft_epochs),
+    (c05_labeler_groups.CLAIM, labeler_groups),
+    (c08_ptx_versus_kl.CLAIM, ptx_versus_kl),
+    (c10_learning_rates.CLAIM, learning_rates),
+    (c18_reward_size.CLAIM, reward_curves),
+    (c36_reward_scaling.CLAIM, reward_scaling),
+]
+each_case = pytest.mark.parametrize(("claim", "make"), CASES, ids=[claim.id for claim, _ in CASES])
+
+
+def decided(claim, make: Make, effect: float, rng: np.random.Generator) -> str:
+    return verdicts.overall(claim.decide([make(rng, effect) for _ in range(5)]))
+
+
+@each_case
+def test_a_stated_effect_is_shown_and_the_reverse_is_refuted(claim, make):
+    rng = np.random.default_rng(0)
+    measured_S = [make(rng, 1.0) for _ in range(5)]
+    stored_S = [{name: measured[name] for name in sorted(measured)} for measured in measured_S]
+    assert claim.decide(stored_S) == claim.decide(measured_S)  # arms are stored in alphabetical order
+    assert [decided(claim, make, 1.0, rng) for _ in range(5)] == ["shown"] * 5
+    assert [decided(claim, make, -1.0, rng) for _ in range(5)] == ["refuted"] * 5
+
+
+@each_case
+def test_a_claim_without_an_effect_is_rarely_shown(claim, make):
+    rng = np.random.default_rng(1)
+    assert np.mean([decided(claim, make, 0.0, rng) == "shown" for _ in range(200)]) <= 0.05
+    measured_S = [make(rng, 0.0) for _ in range(5)]
+    assert claim_results.null_rate(claim, measured_S, shuffles=100) <= 0.05
+
+
+@each_case
+def test_a_claim_can_be_drawn_and_decided_with_a_single_seed(claim, make):
+    measured_S = [make(np.random.default_rng(2), 1.0)]
+    assert claim.plot(measured_S).startswith("<svg")
+    assert {part.verdict for part in claim.decide(measured_S)} == {"not shown"}
+
+
+def comparisons(rng, n=6, k=4, width=3):
+    where_BK = rng.random((n, k)) < 0.8
+    where_BK[:, :2] = True
+    tokens_BKL = rng.integers(5, size=(n, k, width))
+    return types.Comparisons(tokens_BKL, tokens_BKL > 0, rng.integers(1, 4, size=(n, k)), where_BK)
+
+
+def test_pair_numbers_equal_a_loop_over_pairs():
+    rng = np.random.default_rng(3)
+    rows, scores_BK = comparisons(rng), rng.integers(-2, 3, size=(6, 4)) / 2.0
+    pair_losses, right = [], []
+    for b, i, j in np.ndindex(6, 4, 4):
+        if rows.where_BK[b, i] and rows.where_BK[b, j] and rows.ranks_BK[b, i] < rows.ranks_BK[b, j]:
+            lead = scores_BK[b, i] - scores_BK[b, j]
+            pair_losses.append(np.log1p(np.exp(-lead)))
+            right.append(0.5 if lead == 0 else float(lead > 0))
+    numbers = reward_training.pair_numbers(scores_BK, rows)
+    np.testing.assert_allclose([numbers["loss"], numbers["accuracy"]], [np.mean(pair_losses), np.mean(right)])
+
+
+def test_shuffled_pairs_have_the_ranking_loss_of_the_prompts_they_come_from():
+    rng = np.random.default_rng(4)
+    rows = comparisons(rng)
+    pairs = reward_training.pairs_of(rows)
+    weights_L = rng.normal(size=3)
+    n_pairs_B = (reward_training.better(rows.ranks_BK, rows.where_BK)).sum(axis=(1, 2))
+    assert len(pairs.ranks_BK) == n_pairs_B.sum()
+    of_pairs = [losses.ranking(s, r) for s, r in zip(pairs.tokens_BKL @ weights_L, pairs.ranks_BK)]
+    of_prompts = [
+        losses.ranking(s, r, where_K=w, ties_in_divisor=False) * n
+        for s, r, w, n in zip(rows.tokens_BKL @ weights_L, rows.ranks_BK, rows.where_BK, n_pairs_B)
+    ]
+    np.testing.assert_allclose(sum(of_pairs), sum(of_prompts), rtol=1e-5)
+    np.testing.assert_array_equal(pairs.mask_BKL, pairs.tokens_BKL > 0)
+
+
+def test_accuracy_is_the_expected_agreement_with_simulated_choices():
+
+    rng = np.random.default_rng(5)
+    pool = labelers.make_pool(jax.random.key(0), 6, n_groups=2, group_spread=0.5, temperature=0.3)
+    features_BKF = rng.random((3, 3, len(labelers.FEATURES))).astype(np.float32)
+    features_BKF[0, 1] = features_BKF[0, 0]  # equal answers do not count
+    scores_BK, where_BK = rng.normal(size=(3, 3)), np.ones((3, 3), bool)
+    where_BK[2, 2] = False
+    group = c05_labeler_groups.part(pool, np.array([0, 2, 4]))
+    assert set(np.asarray(group.group_R).tolist()) == {0}
+    wins = []
+    for b, i, j in np.ndindex(3, 3, 3):
+        if i < j and where_BK[b, j] and (b, i, j) != (0, 0, 1):
+            for weights_F in np.asarray(pool.weights_RF)[[0, 2, 4]]:
+                p = 1 / (1 + np.exp(-(features_BKF[b, i] - features_BKF[b, j]) @ weights_F / 0.3))
+                wins.append(p if scores_BK[b, i] > scores_BK[b, j] else 1 - p)
+    accuracy = c05_labeler_groups.accuracy(scores_BK, features_BKF, where_BK, group)
+    np.testing.assert_allclose(accuracy, np.mean(wins), rtol=1e-5)
+
+
+def test_the_threshold_of_the_learning_rate_is_interpolated():
+    log_rates = np.log2(c10_learning_rates.RATES)
+    assert c10_learning_rates.threshold([-0.1, 0.2, 0.2]) == log_rates[0]
+    assert c10_learning_rates.threshold([0.1, 0.2, 0.3]) == log_rates[-1]
+    middle = c10_learning_rates.threshold([0.1, -0.3, 0.3])
+    assert middle == pytest.approx(log_rates[0] + 0.25 * (log_rates[1] - log_rates[0]))
+
+
+def test_demonstrations_with_the_prompt_of_a_training_one_are_not_held_out():
+    prompts_BP = np.array([[1, 2], [3, 4], [1, 2], [5, 6], [3, 4], [7, 8]])
+    assert c03_sft_epochs.new_rows(prompts_BP, 2).tolist() == [3, 5]
+
+
+def test_the_curve_of_a_perfect_reward_model_is_that_of_order_statistics():
+    rng = np.random.default_rng(6)
+    gold_PN = rng.normal(size=(400, 64))
+    curve = reward_sizes.curve(3 * gold_PN + 1, gold_PN)
+    expected = [0.0] + [rng.normal(size=(4000, n)).max(axis=1).mean() for n in reward_sizes.NS[1:]]
+    np.testing.assert_allclose(curve["gold"], expected, atol=0.06)
+    np.testing.assert_allclose(curve["proxy"], curve["gold"], rtol=0.03, atol=0.01)
+    assert np.all(np.diff(list(reward_sizes.LOG_SIZES.values())) > 1)
+
+
+def test_all_claims_are_described():
+    for claim, _ in CASES:
+        assert all(getattr(claim, each.name) for each in dataclasses.fields(claim) if each.name != "changes")
