@@ -14,6 +14,7 @@ import re
 import shlex
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -54,8 +55,10 @@ def test_the_python_blocks_of_a_page_run_in_order(name, tmp_path):
 
 def load_script(script):
     """Imports a script under another name, since a package may have its name."""
-    spec = importlib.util.spec_from_file_location(f"{pathlib.Path(script).stem}_script", ROOT / script)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look it up
+    name = f"{pathlib.Path(script).stem}_script"
+    spec: Any = importlib.util.spec_from_file_location(name, ROOT / script)
+    module: Any = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look it up
     spec.loader.exec_module(module)
     return module
 

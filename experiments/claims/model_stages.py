@@ -44,7 +44,8 @@ def train_reward_model(
 def train_rows(trial: Trial, comparisons: types.Comparisons) -> types.Comparisons:
     """Returns the training part of the comparisons."""
     assert trial.task.world is not None
-    return jax.tree.map(lambda x: x[: trial.task.world.n_compare], comparisons)
+    n = trial.task.world.n_compare
+    return jax.tree.map(lambda x: x[:n], comparisons)
 
 
 def train_policy(

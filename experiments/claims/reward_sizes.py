@@ -22,10 +22,10 @@ NETS: dict[str, dict[str, int]] = {
 }
 """Sizes of the smaller reward models: layers x width. The largest has the size of the policy."""
 LARGEST = "3 x 96"
-LOG_SIZES = [
-    float(np.log2(net["layers"] * (4 * net["width"] ** 2 + 3 * net["width"] * net["mlp"])))
-    for net in (*NETS.values(), {"layers": 3, "width": 96, "mlp": 256})
-]
+LOG_SIZES = {
+    size: float(np.log2(net["layers"] * (4 * net["width"] ** 2 + 3 * net["width"] * net["mlp"])))
+    for size, net in (NETS | {LARGEST: {"layers": 3, "width": 96, "mlp": 256}}).items()
+}
 """Base-2 logarithm of the number of parameters in the layers, smallest first."""
 PROMPTS, SAMPLES = 192, 64
 NS = (1, 2, 4, 8, 16, 32, 64)
@@ -88,7 +88,7 @@ def measure_sizes(trial: Trial) -> tuple[Any, dict[str, dict[str, np.ndarray]]]:
     recipe = ms.Recipe(trial)
     prompts, samples = (16, 16) if trial.quick else (PROMPTS, SAMPLES)
     pool = trial.result(sample, recipe.start, prompts=prompts, samples=samples)
-    rewards = {size: trial.result(train, recipe.compared, size=size) for size in NETS}
+    rewards = {size: trial.result(train, recipe.compared, size=size) for size in list(NETS)[:: 3 if trial.quick else 1]}
     scores = {size: trial.result(score, reward, pool, size=size) for size, reward in rewards.items()}
     scores[LARGEST] = trial.result(score, recipe.reward, pool)
     return pool, {size: curve(scores_PN.value, pool.value["gold"]) for size, scores_PN in scores.items()}

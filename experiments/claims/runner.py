@@ -52,7 +52,8 @@ def measure_all(
         RuntimeError: A measurement failed.
     """
     context = multiprocessing.get_context("spawn")  # JAX does not support fork
-    waiting, busy, started = list(work)[::-1], {}, []
+    waiting, started = list(work)[::-1], []
+    busy: dict[Any, Work] = {}  # by connection
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [None]
     try:
         for number in range(min(processes, len(work))):
@@ -65,7 +66,8 @@ def measure_all(
             busy[connection] = waiting.pop()
             connection.send(busy[connection])
         while busy:
-            for connection in multiprocessing.connection.wait(list(busy)):
+            ready: list[Any] = multiprocessing.connection.wait(list(busy))
+            for connection in ready:
                 finished = busy.pop(connection)
                 try:
                     done = connection.recv()
@@ -109,16 +111,17 @@ def measure(work: Work, *, store: pathlib.Path, quick: bool) -> Done:
 
     claim = catalogue.CLAIMS[work.claim]
     trial = _trial(work.seed, store, quick, tuple((part, tuple(each.items())) for part, each in claim.changes.items()))
-    before, start, result = len(trial.store.made), time.perf_counter(), trial.result(claim.measure)
+    count, start, result = len(trial.store.made), time.perf_counter(), trial.result(claim.measure)
     measured = result.value
-    made = trial.store.made[before:]
+    made = trial.store.made[count:]
     shared = sum(each.seconds for each in made if each.function in SHARED)
-    times = [time.perf_counter() - start - shared, shared] if made else [0.0, 0.0]
+    now = [time.perf_counter() - start - shared, shared] if made else [0.0, 0.0]
     path = store / "seconds" / f"{result.key}.json"  # of this process and of interrupted ones
-    times = [a + b for a, b in zip(times, json.loads(path.read_text()) if path.exists() else [0.0, 0.0], strict=True)]
+    before = json.loads(path.read_text()) if path.exists() else [0.0, 0.0]
+    own, others = (a + b for a, b in zip(now, before, strict=True))
     path.parent.mkdir(exist_ok=True)
-    atomic.replace_file(path, json.dumps(times).encode())
-    return Done(measured, *times, len(trial.task.eval_prompts))
+    atomic.replace_file(path, json.dumps([own, others]).encode())
+    return Done(measured, own, others, len(trial.task.eval_prompts))
 
 
 SHARED = tuple(f"claims.model_stages.{name}" for name in ("pretrain", "fine_tune", "compare", "train_reward_model"))

@@ -170,14 +170,14 @@ def make_trial(
     task = tasks.make_task(settings)
     cfg = jobs.model_config(settings, task, None)
     spec = generation.Sampling(max_new_tokens=task.response_width, stop_ids=task.fmt.stop_ids, pad_id=task.fmt.pad_id)
-    programs = _programs(cfg, spec, task.prompt_width)
+    programs = _programs(cfg, spec, task.prompt_width)  # type: ignore[arg-type]
     context = {"settings": dataclasses.asdict(settings), "quick": quick}
     return Trial(
         settings=settings,
         task=task,
         cfg=cfg,
         spec=spec,
-        checkpoints=lambda stage: contextlib.nullcontext(),
+        checkpoints=lambda stage: contextlib.nullcontext(),  # type: ignore[arg-type]
         log=lambda step, floats: None,
         progress=progress or NoProgress(),
         base=None,

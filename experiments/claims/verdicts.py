@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from rlhf_jax import diagnostics
 
@@ -29,22 +30,22 @@ class Part:
     verdict: Verdict
 
 
-def above(statistic: str, values_S: Sequence[float], bound: float = 0.0) -> Part:
+def above(statistic: str, values_S: npt.ArrayLike, bound: float = 0.0) -> Part:
     """Returns whether a statistic is above ``bound``, given its value for each seed."""
     return _part(f"{statistic} > {bound:g}", values_S, bound, np.inf)
 
 
-def below(statistic: str, values_S: Sequence[float], bound: float = 0.0) -> Part:
+def below(statistic: str, values_S: npt.ArrayLike, bound: float = 0.0) -> Part:
     """Returns whether a statistic is below ``bound``, given its value for each seed."""
     return _part(f"{statistic} < {bound:g}", values_S, -np.inf, bound)
 
 
-def between(statistic: str, values_S: Sequence[float], lo: float, hi: float) -> Part:
+def between(statistic: str, values_S: npt.ArrayLike, lo: float, hi: float) -> Part:
     """Returns whether a statistic is between two bounds, given its value for each seed."""
     return _part(f"{lo:g} < {statistic} < {hi:g}", values_S, lo, hi)
 
 
-def _part(statistic: str, values_S: Sequence[float], lo: float, hi: float) -> Part:
+def _part(statistic: str, values_S: npt.ArrayLike, lo: float, hi: float) -> Part:
     value, *ci = diagnostics.mean_interval(np.asarray(values_S, np.float64))
     inside, outside = lo < ci[0] and ci[1] < hi, ci[1] < lo or hi < ci[0]
     return Part(statistic, value, (ci[0], ci[1]), "shown" if inside else "refuted" if outside else "not shown")

@@ -129,7 +129,7 @@ def summary(
     }
 
 
-def _percent(estimate: Sequence[float], *, signed: bool = False) -> str:
+def _percent(estimate: Sequence[Any], *, signed: bool = False) -> str:
     """Formats a rate and its interval in percent; without the interval if it has a single cluster."""
     sign = "+" if signed else ""
     if None in estimate or list(estimate[1:]) == [0, 1] or not np.isfinite(estimate).all():

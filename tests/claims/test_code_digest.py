@@ -125,7 +125,8 @@ STAGES = ("pretrain", "fine_tune", "compare", "train_reward_model", "train_polic
 
 def digests_with(monkeypatch, module, old, new):
     """Returns the digest of each stage if ``old`` were ``new`` in a module of the library."""
-    path, read = importlib.util.find_spec(module).origin, code_digest._text
+    path, read = importlib.import_module(module).__file__, code_digest._text
+    assert path is not None
     assert old in read(path)
     monkeypatch.setattr(code_digest, "_text", lambda file: read(file).replace(old, new) if file == path else read(file))
     code_digest._read.cache_clear()

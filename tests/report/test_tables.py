@@ -99,7 +99,7 @@ def world_reward():
     return {"reward_model": facts | {"calibration": CALIBRATION, "training_prompts": 2000}}
 
 
-def interrupted():
+def interrupted() -> Any:
     phases = dict.fromkeys(("start", *interruptions.PHASES), 25)
     numbers = {"stage": "reward model", "kills": phases, "terms": phases, "resumed": 100, "interruptions": 100}
     return [type("Report", (), numbers | {"runs": 10, "failures": [], "seconds": 987.0})]

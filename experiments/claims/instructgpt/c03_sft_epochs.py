@@ -92,7 +92,7 @@ def new_rows(prompts_BP: np.ndarray, n: int) -> np.ndarray:
 def decide(measured_S: Sequence[Measured]) -> list[verdicts.Part]:
     """Compares the model after the last epoch with the one with the lowest loss."""
     numbers = {
-        name: np.array([[arm[name] for arm in measured.values()] for measured in measured_S])
+        name: np.array([[measured[str(epoch)][name] for epoch in EPOCHS] for measured in measured_S])
         for name in ("loss", "score", "gold")
     }
     S = len(measured_S)

@@ -38,7 +38,8 @@ def measure(trial: Trial) -> Measured:
     utility_a_NR, utility_b_NR = (np.asarray(labelers.utilities(pool, each_NF)) for each_NF in (a_NF, b_NF))
     noise = labelers.calibrated_temperature(utility_a_NR, utility_b_NR, target=TARGET)
     a_NF, b_NF = (np.repeat(each_NF, DRAWS, axis=0) for each_NF in (a_NF, b_NF))
-    choice_LN = _choices(trial.key("comparisons"), pool.replace(temperature=jnp.float32(noise)), a_NF, b_NF)
+    noisy: labelers.Pool = pool.replace(temperature=jnp.float32(noise))  # type: ignore[attr-defined]
+    choice_LN = _choices(trial.key("comparisons"), noisy, a_NF, b_NF)
     majority_N = np.sign(choice_LN[1:].sum(axis=0))
     return {
         "closed form": labelers.agreement(utility_a_NR, utility_b_NR, temperature=noise),

@@ -26,16 +26,18 @@ def measure(trial: Trial) -> Measured:
     recipe = ms.Recipe(trial)
     noise = jnp.float32(recipe.compared.value[1]["labeler_temperature"])
     assert trial.task.world is not None
-    pools = {"training labelers": trial.task.world.pool, "held-out labelers": trial.task.world.heldout_pool}
+    world = trial.task.world
+    pools = {
+        name: pool.replace(temperature=noise)  # type: ignore[attr-defined]
+        for name, pool in (("training labelers", world.pool), ("held-out labelers", world.heldout_pool))
+    }
     sft = trial.result(ms.answer, recipe.sft, recipe.start, recipe.reward).value
     measured: Measured = {}
     for name, coef in COEFS.items():
         policy = trial.result(ms.train_policy, recipe.start, recipe.reward, ptx_coef=coef)
         answers = trial.result(ms.answer, policy, recipe.start, recipe.reward).value
         measured[name] = {
-            judges: float(
-                np.mean(labelers.choice_share(pool.replace(temperature=noise), answers["features"], sft["features"]))
-            )
+            judges: float(np.mean(labelers.choice_share(pool, answers["features"], sft["features"])))
             for judges, pool in pools.items()
         }
     return measured

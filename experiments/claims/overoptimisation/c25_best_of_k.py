@@ -73,7 +73,7 @@ def plot(measured_S: Sequence[Measured]) -> str:
     with plots.axes(height=2.4) as (svg, (ax,)):
         ax.plot(range(len(SIZES)), gold_SK.T, ".", color=plots.color("best_of_n"), alpha=0.4)
         ax.plot(range(len(SIZES)), gold_SK.mean(axis=0), color=plots.color("best_of_n"))
-        ax.set_xticks(range(len(SIZES)), SIZES)
+        ax.set_xticks(range(len(SIZES)), list(map(str, SIZES)))
         ax.set_xlabel("k")
         ax.set_ylabel("gold utility of best of k")
     return svg[0]

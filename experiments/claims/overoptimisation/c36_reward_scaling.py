@@ -55,7 +55,7 @@ def decide(measured_S: Sequence[Measured]) -> list[verdicts.Part]:
     return [
         verdicts.below(
             "beta of best of n, per doubling of the reward model",
-            np.polyfit(reward_sizes.LOG_SIZES, betas_SA.T, 1)[0],
+            np.polyfit([reward_sizes.LOG_SIZES[size] for size in sizes], betas_SA.T, 1)[0],
         ),
         verdicts.above(
             "gold gain of the best of 64, four times the data − four epochs",
