@@ -1,9 +1,9 @@
 """C33: with an adaptive coefficient of the KL penalty, runs end at one KL (Ziegler et al. 2019).
 
-Policies are trained against three reward models of each world, one from all comparisons and one from each half, with a
-fixed coefficient and with one that a controller adapts to a target KL. A run's deviation is that of the logarithm of
-its final KL from the mean of the other worlds with the same coefficient. The deviation must be smaller with the
-controller, and the KL must be near the target.
+In each world, policies are trained against two reward models, one from each half of the comparisons, with a fixed
+coefficient and with one that a controller adapts to a target KL. The KL of a run is the mean over its last rollouts.
+Its deviation is the distance of its logarithm from the mean of the other worlds with the same kind of coefficient. The
+deviation must be smaller with the controller, and the KL must be near the target.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from claims.claim import Claim, Measured
 from claims.trial import Trial
 from rlhf_jax.report import plots
 
-TARGET = 3.0
+TARGET = 6.0
 """Target KL in nats, near the KL that the fixed coefficient reaches."""
-GAIN = 1.0
+GAIN = 0.5
 """Change of the coefficient per iteration for an error of 100 %. Errors are clipped to 20 %."""
+COEF = 0.035
+"""The fixed coefficient, and the initial adaptive one."""
 ARMS = {"fixed": {}, "adaptive": {"kl_target": TARGET, "kl_gain": GAIN}}
-PARTS = ("all", "first half", "second half")
+PARTS = ("first half", "second half")
 
 
 def measure(trial: Trial) -> Measured:
-    """Trains a policy against each reward model with either coefficient; returns the KLs and the coefficients."""
-    recipe = ms.Recipe(trial)
-    measured: Measured = {name: {"kl": [], "kl_coef": [], "course": []} for name in ARMS}
-    for part in PARTS[: 1 if trial.quick else None]:
-        changes = {} if part == "all" else {"part": part}
-        reward = trial.result(ms.train_reward_model, recipe.start, recipe.compared, **changes)
-        for name, options in ARMS.items():
-            policy = trial.result(ms.train_policy, recipe.start, reward, **options)
-            answers = trial.result(ms.answer, policy, recipe.start, reward).value
-            measured[name]["kl"].append(float(np.mean(answers["kl"], dtype=np.float64)))
-            measured[name]["kl_coef"].append(float(policy.value["logged"]["kl_coef"][-1]))
-            measured[name]["course"].append(policy.value["logged"]["kl"])
+    """Trains a policy against each reward model with either coefficient; returns the KLs and their course."""
+    recipe, iterations = ms.Recipe(trial), 4 if trial.quick else 40
+    measured: Measured = {name: {"kl": [], "course": []} for name in ARMS}
+    for part in PARTS:
+        reward = trial.result(ms.train_reward_model, recipe.start, recipe.compared, part=part)
+        for name, changes in ARMS.items():
+            options = {"kl_coef": COEF, "iterations": iterations, **changes}
+            kl_I = trial.result(ms.train_policy, recipe.start, reward, **options).value["logged"]["kl"]
+            measured[name]["course"].append(kl_I)
+            measured[name]["kl"].append(float(np.mean(kl_I[-(iterations // 4) :])))
     return measured
 
 
@@ -84,7 +84,7 @@ CLAIM = Claim(
     claim="With an adaptive coefficient of the KL penalty, runs end at one KL, near the target.",
     published="targets of 10 nats (sentiment) and 6 nats (descriptiveness)",
     differs="Runs differ in world, labels and reward model, not only in the seed of RL. The gain of the controller is "
-    "ten times that of the paper, because training has 24 iterations instead of thousands.",
+    "five times that of the paper, because training has 40 iterations instead of thousands.",
     measure=measure,
     decide=decide,
     plot=plot,
