@@ -149,7 +149,7 @@ def test_pair_numbers_equal_a_loop_over_pairs():
 
 def test_shuffled_pairs_have_the_ranking_loss_of_the_prompts_they_come_from():
     rng = np.random.default_rng(4)
-    rows = comparisons(rng)
+    rows: Any = comparisons(rng)
     pairs = reward_training.pairs_of(rows)
     weights_L = rng.normal(size=3)
     n_pairs_B = (reward_training.better(rows.ranks_BK, rows.where_BK)).sum(axis=(1, 2))

@@ -69,8 +69,8 @@ def plot(measured_S: Sequence[Measured]) -> str:
         for name, color in (("fixed", "sft"), ("adaptive", "ppo")):
             courses = [course for measured in measured_S for course in measured[name]["course"]]
             for number, kl_I in enumerate(courses):
-                shown = {} if number else {"label": f"{name} coefficient"}
-                ax.plot(kl_I, color=plots.color(color), alpha=0.5, linewidth=0.8, **shown)
+                shown = None if number else f"{name} coefficient"
+                ax.plot(kl_I, color=plots.color(color), alpha=0.5, linewidth=0.8, label=shown)
         ax.axhline(TARGET, color=plots.color("other"), linewidth=0.8)
         ax.set_xlabel("iteration")
         ax.set_ylabel("KL (nats)")
