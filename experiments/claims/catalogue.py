@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from claims.claim import Claim
 from claims.direct_alignment import (
+    c39_dpo_frontier,
     c40_unseen_answers,
     c41_pair_shift,
     c43b_implicit_reward,
@@ -34,6 +35,9 @@ from claims.policy_optimisation import (
     c32_separate_critic,
     c33_adaptive_kl,
     c34_known_optimum,
+    c42_implementation_details,
+    c43a_early_updates,
+    c43c_lambda_and_rloo,
 )
 
 _MODULES = (
@@ -58,8 +62,12 @@ _MODULES = (
     c36_reward_scaling,
     c37_policy_size,
     c38_kl_penalty_frontier,
+    c39_dpo_frontier,
     c40_unseen_answers,
     c41_pair_shift,
+    c42_implementation_details,
+    c43a_early_updates,
     c43b_implicit_reward,
+    c43c_lambda_and_rloo,
 )
 CLAIMS: dict[str, Claim] = {module.CLAIM.id: module.CLAIM for module in _MODULES}

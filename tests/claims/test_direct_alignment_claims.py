@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from claims import verdicts
+from claims import catalogue, verdicts
 from claims.direct_alignment import (
     c39_dpo_frontier,
     c40_unseen_answers,
@@ -208,3 +208,8 @@ def test_pairs_have_different_answers_in_the_proportions_of_the_policy():
             expected = drawn / (1 + np.exp(rewards_SA[0, worse] - rewards_SA[0, better]))
             found = np.mean((tokens_B22[:, 0, 1] == better) & (tokens_B22[:, 1, 1] == worse))
             assert abs(found - expected) < 5 * np.sqrt(expected / n)
+
+
+def test_ids_are_found_in_any_case():
+    """The command looks up ``each.capitalize()``, so that c43A is C43a."""
+    assert [name.swapcase().capitalize() for name in catalogue.CLAIMS] == list(catalogue.CLAIMS)
