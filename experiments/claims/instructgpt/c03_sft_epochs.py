@@ -127,8 +127,8 @@ CLAIM = Claim(
     paper="Ouyang et al. 2022, section 3.5",
     claim="SFT overfits in validation loss after one epoch, yet more epochs improve the score and the preference.",
     published="no numbers; 16 epochs are kept, chosen by the score of the reward model",
-    differs="320 demonstrations instead of 13,000. The epochs are those of a single run. The gold utility replaces "
-    "human preferences.",
+    differs="320 demonstrations instead of 13,000, so the loss is lowest after about four epochs. All are of "
+    "one run. The gold utility replaces human preferences.",
     measure=measure,
     decide=decide,
     plot=plot,
