@@ -17,7 +17,7 @@ import numpy as np
 from recipe import world_words
 
 from claims import model_stages as ms
-from claims import reward_training, verdicts
+from claims import reward_fits, verdicts
 from claims.claim import Claim, Measured
 from claims.trial import Trial
 from rlhf_jax import types
@@ -98,10 +98,10 @@ def train_and_test(
         np.asarray(ranks_BK),  # type: ignore[arg-type]
         rows.where_BK[:prompts],
     )
-    reward = reward_training.fit(trial, start, few, batch=BATCH)
+    reward = reward_fits.fit(trial, start, few, batch=BATCH)
     all_rows = rows.replace(loss_inputs={"features": judged["features"]})  # type: ignore[attr-defined]
-    tested = reward_training.held_out(trial, all_rows, trained=prompts, limit=HELD_OUT)
-    scores_BK = reward_training.score(trial, reward, tested)
+    tested = reward_fits.held_out(trial, all_rows, trained=prompts, limit=HELD_OUT)
+    scores_BK = reward_fits.score(trial, reward, tested)
     features_BKF = tested.loss_inputs["features"]
     own_R = {"in-group": seen_R, "held-out": np.flatnonzero(np.asarray(pool.group_R) == fold)}
     return {
