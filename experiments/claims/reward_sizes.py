@@ -40,7 +40,7 @@ def resized(trial: Trial, net: dict[str, int]) -> Trial:
     """Returns a trial with the same data and models of another size."""
     settings = trial_lib.changed(trial.settings, {"net": net})
     cfg = jobs.model_config(settings, trial.task, None)
-    programs = _programs(cfg, trial.spec, prompt_width=trial.task.prompt_width)
+    programs = _programs(cfg, trial.spec, prompt_width=trial.task.prompt_width)  # type: ignore[arg-type]
     return dataclasses.replace(trial, settings=settings, cfg=cfg, shared=programs, sampler=programs.sampler(trial.task))
 
 

@@ -54,7 +54,8 @@ def measure_all(
     context = multiprocessing.get_context("spawn")  # JAX does not support fork
     waiting, started = list(work)[::-1], []
     busy: dict[Any, Work] = {}  # by connection
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [None]
+    several = processes > 1 and hasattr(os, "sched_getaffinity")  # one process may use any core
+    cores = sorted(os.sched_getaffinity(0)) if several else [None]
     try:
         for number in range(min(processes, len(work))):
             connection, other = context.Pipe()

@@ -85,7 +85,7 @@ def _worth(trial: Trial, policy: Any, start: Any, reward: Any, test: Any) -> dic
 
 def means(measured: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns the mean over prompts of gold utility, score and KL at each checkpoint, ``[C]``."""
-    return {name: np.mean(measured[name], axis=1, dtype=np.float64) for name in ("gold", "score", "kl")}
+    return {name: measured[name].mean(axis=1, dtype=np.float64) for name in ("gold", "score", "kl")}
 
 
 def start_of(trial: Trial, *, size: dict[str, int]) -> types.Params:
@@ -111,7 +111,7 @@ def of_size(trial: Trial, size: dict[str, int] | None) -> Trial:
         return trial
     settings = dataclasses.replace(trial.settings, net=dataclasses.replace(Net(), **size))
     cfg = jobs.model_config(settings, trial.task, None)
-    programs = _programs(cfg, trial.cfg, trial.spec, trial.task.prompt_width)
+    programs = _programs(cfg, trial.cfg, trial.spec, trial.task.prompt_width)  # type: ignore[arg-type]
     return dataclasses.replace(trial, settings=settings, cfg=cfg, shared=programs, sampler=programs.sampler(trial.task))
 
 

@@ -182,7 +182,7 @@ def test_the_implied_win_rate_uses_scores_before_normalisation():
     score_CN, gain = np.array([[0.0, 1.0], [2.0, 0.0]]), 0.5
     expected = np.mean([1 / (1 + np.exp(-4.0)), 1 / (1 + np.exp(2.0))])
     implied_C = c17_train_and_test_models.implied(score_CN, {"head": {"gain": gain}})
-    np.testing.assert_allclose(implied_C, [0.5, expected])
+    np.testing.assert_allclose(implied_C, np.array([0.5, expected]))
 
 
 def test_predictions_beyond_the_fitted_range_are_exact_for_the_form_of_the_points():

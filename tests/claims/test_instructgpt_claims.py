@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from claims import claim_results, reward_sizes, reward_training, verdicts
+from claims import claim_results, reward_fits, reward_sizes, verdicts
 from claims.instructgpt import (
     c02_pair_batches,
     c03_sft_epochs,
@@ -143,16 +143,16 @@ def test_pair_numbers_equal_a_loop_over_pairs():
             lead = scores_BK[b, i] - scores_BK[b, j]
             pair_losses.append(np.log1p(np.exp(-lead)))
             right.append(0.5 if lead == 0 else float(lead > 0))
-    numbers = reward_training.pair_numbers(scores_BK, rows)
+    numbers = reward_fits.pair_numbers(scores_BK, rows)
     np.testing.assert_allclose([numbers["loss"], numbers["accuracy"]], [np.mean(pair_losses), np.mean(right)])
 
 
 def test_shuffled_pairs_have_the_ranking_loss_of_the_prompts_they_come_from():
     rng = np.random.default_rng(4)
-    rows = comparisons(rng)
-    pairs = reward_training.pairs_of(rows)
+    rows: Any = comparisons(rng)
+    pairs = reward_fits.pairs_of(rows)
     weights_L = rng.normal(size=3)
-    n_pairs_B = (reward_training.better(rows.ranks_BK, rows.where_BK)).sum(axis=(1, 2))
+    n_pairs_B = (reward_fits.better(rows.ranks_BK, rows.where_BK)).sum(axis=(1, 2))
     assert len(pairs.ranks_BK) == n_pairs_B.sum()
     of_pairs = [losses.ranking(s, r) for s, r in zip(pairs.tokens_BKL @ weights_L, pairs.ranks_BK)]
     of_prompts = [

@@ -45,7 +45,8 @@ def train_dpo(
 def validation_rows(trial: Trial, comparisons: types.Comparisons) -> types.Comparisons:
     """Returns the comparisons that no model is trained on."""
     assert trial.task.world is not None
-    return jax.tree.map(lambda x: x[trial.task.world.n_compare :], comparisons)
+    n = trial.task.world.n_compare
+    return jax.tree.map(lambda x: x[n:], comparisons)
 
 
 def implicit_rewards(

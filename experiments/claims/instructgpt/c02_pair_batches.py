@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from claims import model_stages as ms
-from claims import reward_training, verdicts
+from claims import reward_fits, verdicts
 from claims.claim import Claim, Measured
 from claims.trial import Trial
 from rlhf_jax import types
@@ -65,9 +65,9 @@ def train_and_test(
     few = types.Comparisons(
         **{name: getattr(compared[0], name)[:prompts] for name in ("tokens_BKL", "mask_BKL", "ranks_BK", "where_BK")}
     )
-    reward = reward_training.fit(trial, start, few, batch=BATCH, epochs=epochs, rate=rate, shuffled=shuffled)
-    rows = reward_training.held_out(trial, compared[0], trained=prompts, limit=HELD_OUT)
-    return reward_training.pair_numbers(reward_training.score(trial, reward, rows), rows)
+    reward = reward_fits.fit(trial, start, few, batch=BATCH, epochs=epochs, rate=rate, shuffled=shuffled)
+    rows = reward_fits.held_out(trial, compared[0], trained=prompts, limit=HELD_OUT)
+    return reward_fits.pair_numbers(reward_fits.score(trial, reward, rows), rows)
 
 
 def decide(measured_S: Sequence[Measured]) -> list[verdicts.Part]:

@@ -117,7 +117,7 @@ def plot(measured_S: Sequence[Measured]) -> str:
             ax.plot(range(len(EPOCHS)), values_SE.T, ".", color=plots.color("sft"), alpha=0.4)
             ax.plot(range(len(EPOCHS)), values_SE.mean(axis=0), color=plots.color("sft"))
             ax.set_ylabel(label)
-        axes[-1].set_xticks(range(len(EPOCHS)), EPOCHS)
+        axes[-1].set_xticks(range(len(EPOCHS)), list(map(str, EPOCHS)))
         axes[-1].set_xlabel("epochs")
     return svg[0]
 

@@ -17,7 +17,7 @@ import numpy as np
 from recipe import world_words
 
 from claims import model_stages as ms
-from claims import reward_training, verdicts
+from claims import reward_fits, verdicts
 from claims.claim import Claim, Measured
 from claims.trial import Trial
 from rlhf_jax import types
@@ -47,8 +47,9 @@ def measure(trial: Trial) -> Measured:
 
 def judge(trial: Trial, compared: Compared) -> dict[str, Any]:
     """Returns the pool of labelers, whose noise is calibrated, and the features of the compared answers."""
-    world, settings, rows = trial.task.world, trial.settings.world, compared[0]
-    assert world is not None
+    world, settings = trial.task.world, trial.settings.world
+    rows: Any = compared[0]
+    assert world is not None and world.compare_prompts.words_BP is not None
     b, k = np.nonzero(rows.where_BK)
     P = trial.task.prompt_width
     utility = world_words.gold_utility(
@@ -68,7 +69,8 @@ def judge(trial: Trial, compared: Compared) -> dict[str, Any]:
     )
     utility_BKR = np.asarray(labelers.utilities(pool, jnp.asarray(features_BKF)))
     noise = labelers.calibrated_temperature(utility_BKR[:, 0], utility_BKR[:, 1], target=AGREEMENT)
-    return {"pool": pool.replace(temperature=jnp.float32(noise)), "features": features_BKF}
+    noisy = pool.replace(temperature=jnp.float32(noise))  # type: ignore[attr-defined]
+    return {"pool": noisy, "features": features_BKF}
 
 
 def train_and_test(
@@ -89,14 +91,17 @@ def train_and_test(
     keys_B = jax.random.split(jax.random.fold_in(trial.key("comparisons"), 2100 + fold), prompts)
     rank_all = jax.jit(jax.vmap(labelers.rank, in_axes=(0, None, 0, 0, 0)))
     labeler_B = seen_R[np.arange(prompts) % len(seen_R)]
-    ranks_BK = rank_all(keys_B, pool, labeler_B, judged["features"][:prompts], rows.where_BK[:prompts])
+    ranks_BK: Any = rank_all(keys_B, pool, labeler_B, judged["features"][:prompts], rows.where_BK[:prompts])
     few = types.Comparisons(
-        rows.tokens_BKL[:prompts], rows.mask_BKL[:prompts], np.asarray(ranks_BK), rows.where_BK[:prompts]
+        rows.tokens_BKL[:prompts],
+        rows.mask_BKL[:prompts],
+        np.asarray(ranks_BK),  # type: ignore[arg-type]
+        rows.where_BK[:prompts],
     )
-    reward = reward_training.fit(trial, start, few, batch=BATCH)
+    reward = reward_fits.fit(trial, start, few, batch=BATCH)
     all_rows = rows.replace(loss_inputs={"features": judged["features"]})  # type: ignore[attr-defined]
-    tested = reward_training.held_out(trial, all_rows, trained=prompts, limit=HELD_OUT)
-    scores_BK = reward_training.score(trial, reward, tested)
+    tested = reward_fits.held_out(trial, all_rows, trained=prompts, limit=HELD_OUT)
+    scores_BK = reward_fits.score(trial, reward, tested)
     features_BKF = tested.loss_inputs["features"]
     own_R = {"in-group": seen_R, "held-out": np.flatnonzero(np.asarray(pool.group_R) == fold)}
     return {
@@ -122,7 +127,8 @@ def accuracy(scores_BK: np.ndarray, features_BKF: np.ndarray, where_BK: np.ndarr
     b, i, j = np.nonzero(where_BK[:, :, None] & where_BK[:, None] & np.tri(where_BK.shape[1], k=-1, dtype=bool))
     differ = (features_BKF[b, i] != features_BKF[b, j]).any(axis=-1)
     b, i, j = b[differ], i[differ], j[differ]
-    prefers_i_N = np.asarray(labelers.choice_share(pool, features_BKF[b, i], features_BKF[b, j]))
+    first_NF, second_NF = jnp.asarray(features_BKF[b, i]), jnp.asarray(features_BKF[b, j])
+    prefers_i_N = np.asarray(labelers.choice_share(pool, first_NF, second_NF))
     sign_N = np.sign(scores_BK[b, i] - scores_BK[b, j])
     return float(np.mean(0.5 + sign_N * (prefers_i_N - 0.5)))
 

@@ -18,7 +18,7 @@ from claims.trial import Trial
 from rlhf_jax.report import plots
 from rlhf_jax.simulation import labelers
 
-COEFS = {"ppo": 0.0, "ppo_ptx": 1.0}
+OPTIONS: dict[str, dict[str, float]] = {"ppo": {}, "ppo_ptx": {"ptx_coef": 1.0}}
 
 
 def measure(trial: Trial) -> Measured:
@@ -33,8 +33,8 @@ def measure(trial: Trial) -> Measured:
     }
     sft = trial.result(ms.answer, recipe.sft, recipe.start, recipe.reward).value
     measured: Measured = {}
-    for name, coef in COEFS.items():
-        policy = trial.result(ms.train_policy, recipe.start, recipe.reward, ptx_coef=coef)
+    for name, options in OPTIONS.items():
+        policy = trial.result(ms.train_policy, recipe.start, recipe.reward, **options)
         answers = trial.result(ms.answer, policy, recipe.start, recipe.reward).value
         measured[name] = {
             judges: float(np.mean(labelers.choice_share(pool, answers["features"], sft["features"])))

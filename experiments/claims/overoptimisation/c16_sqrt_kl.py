@@ -61,8 +61,10 @@ def plot(measured_S: Sequence[Measured]) -> str:
     with plots.axes(height=2.8) as (svg, (ax,)):
         for name, color in zip(SIZES, ("sft", "best_of_n", "ppo"), strict=True):
             for number, measured in enumerate(measured_S):
-                run, shown = measured[name], {} if number else {"label": name}
-                ax.plot(trajectories.root(run["kl"]), run["gain"], ".-", color=plots.color(color), alpha=0.6, **shown)
+                run, shown = measured[name], None if number else name
+                ax.plot(
+                    trajectories.root(run["kl"]), run["gain"], ".-", color=plots.color(color), alpha=0.6, label=shown
+                )
         ax.set_xlabel("square root of the KL")
         ax.set_ylabel("gain in score")
         ax.legend(title="size of the policy")

@@ -40,7 +40,7 @@ def measure(trial: Trial) -> Measured:
     halves = diagnostics.split_halves(run["score"], run["test_score"])
     noise = jnp.float32(recipe.compared.value[1]["labeler_temperature"])
     assert trial.task.world is not None
-    pool = trial.task.world.pool.replace(temperature=noise)
+    pool = trial.task.world.pool.replace(temperature=noise)  # type: ignore[attr-defined]
     chosen_C = [
         float(np.mean(labelers.choice_share(pool, features_NF, run["features"][0]))) for features_NF in run["features"]
     ]

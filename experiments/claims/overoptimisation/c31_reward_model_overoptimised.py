@@ -71,8 +71,8 @@ def plot(measured_S: Sequence[Measured]) -> str:
             for number, measured in enumerate(measured_S):
                 kl_C, values_C = (np.array([arm[axis] for arm in measured.values()]) for axis in ("kl", name))
                 values_C = values_C / 10 if name == "score" else values_C
-                shown = {} if number else {"label": label}
-                ax.plot(trajectories.root(kl_C), values_C, "o-", color=plots.color(color), alpha=0.6, **shown)
+                shown = None if number else label
+                ax.plot(trajectories.root(kl_C), values_C, "o-", color=plots.color(color), alpha=0.6, label=shown)
         ax.set_xlabel("square root of the KL")
         ax.set_ylabel("gain over SFT")
         ax.legend()

@@ -85,7 +85,7 @@ def plot(measured_S: Sequence[Measured]) -> str:
                 ax.plot(np.sqrt(kl_M), gain_M, ".", color=plots.color(color), alpha=0.5)
                 line_K = np.linspace(0, kl_M.max(), 60)
                 gains_K = overoptimisation.predict(overoptimisation.fit(kl_M, gain_M, form=form), line_K)
-                ax.plot(np.sqrt(line_K), gains_K, color=plots.color(color), **({} if number else {"label": name}))
+                ax.plot(np.sqrt(line_K), gains_K, color=plots.color(color), label=None if number else name)
         ax.set_xlabel("square root of the KL")
         ax.set_ylabel("gain in gold utility")
         ax.legend()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from claims import model_stages as ms
-from claims import reward_sizes, reward_training, verdicts
+from claims import reward_fits, reward_sizes, verdicts
 from claims.claim import Claim, Measured
 from claims.trial import Trial
 from rlhf_jax import diagnostics, types
@@ -44,7 +44,7 @@ def train_on_quarter(
     few = types.Comparisons(
         rows.tokens_BKL[:quarter], rows.mask_BKL[:quarter], rows.ranks_BK[:quarter], rows.where_BK[:quarter]
     )
-    return reward_training.fit(trial, start, few, batch=trial.settings.reward_model.batch, epochs=epochs)
+    return reward_fits.fit(trial, start, few, batch=trial.settings.reward_model.batch, epochs=epochs)
 
 
 def decide(measured_S: Sequence[Measured]) -> list[verdicts.Part]:

@@ -110,9 +110,9 @@ def plot(measured_S: Sequence[Measured]) -> str:
         for (size, method), color in colors.items():
             for number, measured in enumerate(measured_S):
                 run = measured[size][method]
-                shown = {} if number else {"label": f"{method.replace('rl', 'RL')}, {size} policy"}
+                shown = None if number else f"{method.replace('rl', 'RL')}, {size} policy"
                 gain_C = run["gold"] - run["gold"][0]
-                ax.plot(trajectories.root(run["kl"]), gain_C, ".-", color=plots.color(color), alpha=0.6, **shown)
+                ax.plot(trajectories.root(run["kl"]), gain_C, ".-", color=plots.color(color), alpha=0.6, label=shown)
         ax.set_xlabel("square root of the KL")
         ax.set_ylabel("gain in gold utility")
         ax.legend()

@@ -67,9 +67,9 @@ def plot(measured_S: Sequence[Measured]) -> str:
     with plots.axes(height=4.0, rows=(1, 1)) as (svg, axes):
         for name, color in zip(COEFS, ("ppo", "sft", "best_of_n"), strict=True):
             for number, measured in enumerate(measured_S):
-                run, shown = measured[name], {} if number else {"label": name}
+                run, shown = measured[name], None if number else name
                 for ax, axis in zip(axes, ("gold", "score"), strict=True):
-                    ax.plot(trajectories.root(run["kl"]), run[axis], color=plots.color(color), alpha=0.6, **shown)
+                    ax.plot(trajectories.root(run["kl"]), run[axis], color=plots.color(color), alpha=0.6, label=shown)
         axes[0].set_title(f"without a penalty, the KL grows like iterations to the power {slope:.2f}", fontsize=8)
         axes[0].set_ylabel("gold utility")
         axes[1].set_ylabel("score")

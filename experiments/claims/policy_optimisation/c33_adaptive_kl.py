@@ -22,9 +22,8 @@ TARGET = 6.0
 """Target KL in nats, near the KL that the fixed coefficient reaches."""
 GAIN = 0.5
 """Change of the coefficient per iteration for an error of 100 %. Errors are clipped to 20 %."""
-COEF = 0.035
-"""The fixed coefficient, and the initial adaptive one."""
-ARMS = {"fixed": {}, "adaptive": {"kl_target": TARGET, "kl_gain": GAIN}}
+ARMS = {"fixed": {"kl_coef": 0.035}, "adaptive": {"kl_coef": 0.05, "kl_target": TARGET, "kl_gain": GAIN}}
+"""The adaptive coefficient falls while the KL is still small, so it starts above the fixed one."""
 PARTS = ("first half", "second half")
 
 
@@ -35,7 +34,7 @@ def measure(trial: Trial) -> Measured:
     for part in PARTS:
         reward = trial.result(ms.train_reward_model, recipe.start, recipe.compared, part=part)
         for name, changes in ARMS.items():
-            options = {"kl_coef": COEF, "iterations": iterations, **changes}
+            options = {"iterations": iterations, **changes}
             kl_I = trial.result(ms.train_policy, recipe.start, reward, **options).value["logged"]["kl"]
             measured[name]["course"].append(kl_I)
             measured[name]["kl"].append(float(np.mean(kl_I[-(iterations // 4) :])))
@@ -69,8 +68,8 @@ def plot(measured_S: Sequence[Measured]) -> str:
         for name, color in (("fixed", "sft"), ("adaptive", "ppo")):
             courses = [course for measured in measured_S for course in measured[name]["course"]]
             for number, kl_I in enumerate(courses):
-                shown = {} if number else {"label": f"{name} coefficient"}
-                ax.plot(kl_I, color=plots.color(color), alpha=0.5, linewidth=0.8, **shown)
+                shown = None if number else f"{name} coefficient"
+                ax.plot(kl_I, color=plots.color(color), alpha=0.5, linewidth=0.8, label=shown)
         ax.axhline(TARGET, color=plots.color("other"), linewidth=0.8)
         ax.set_xlabel("iteration")
         ax.set_ylabel("KL (nats)")

@@ -38,7 +38,9 @@ class WithoutWhitening(trial_lib.Programs):
     def compiled_ppo(self, settings: PPO) -> parallel.JitStep:
         """Returns the PPO iteration."""
         models = ppo_models.from_config(self._cfg, self._spec, prompt_width=self._prompt_width)
-        options = rl_methods.train_step_options(settings) | {"estimate": partial(estimators.gae, whiten=False)}
+        options: dict[str, Any] = rl_methods.train_step_options(settings) | {
+            "estimate": partial(estimators.gae, whiten=False)
+        }
         return parallel.jit_step(ppo.make_train_step(models, **options))
 
 

@@ -55,7 +55,7 @@ def decide(measured_S: Sequence[Measured]) -> list[verdicts.Part]:
 
 def rank_correlations(score_SL: np.ndarray) -> np.ndarray:
     """Returns Spearman's correlation of lambda and score for each seed."""
-    return np.array([stats.spearmanr(LAMBDAS, score_L).statistic for score_L in score_SL])
+    return np.array([stats.spearmanr(LAMBDAS, score_L)[0] for score_L in score_SL])
 
 
 def plot(measured_S: Sequence[Measured]) -> str:

@@ -82,7 +82,7 @@ def held_out(trial: Trial, comparisons: types.Comparisons, *, trained: int, limi
     return jax.tree.map(lambda x: x[rows], comparisons)
 
 
-def score(trial: Trial, reward: types.Params, rows: types.Comparisons) -> np.ndarray:
+def score(trial: Trial, reward: types.Params, rows: Any) -> np.ndarray:
     """Returns the scores of all answers, ``[B, K]``; 0 for missing ones."""
     b, k = np.nonzero(rows.where_BK)
     scores_BK = np.zeros(rows.where_BK.shape)
