@@ -88,7 +88,7 @@ class Store:
         def compute() -> tuple[Any, float]:
             values = [each.value if isinstance(each, Result) else each for each in inputs]
             start = time.perf_counter()  # without the time in which inputs are computed
-            value = jax.device_get(function(*args, *values, **options))
+            value = _on_host(function(*args, *values, **options))
             return value, time.perf_counter() - start
 
         entry = {"function": name, "options": options, "inputs": parts, "code": code}
@@ -107,6 +107,13 @@ class Store:
             unfinished.replace(path)
         self.made.append(Entry(entry["function"], entry["options"], seconds))
         return value
+
+
+def _on_host(value: Any) -> Any:
+    """Converts arrays to NumPy. Unlike ``jax.device_get``, it keeps the order of a dictionary."""
+    if type(value) is dict:
+        return {name: _on_host(each) for name, each in value.items()}
+    return jax.device_get(value)
 
 
 @contextlib.contextmanager

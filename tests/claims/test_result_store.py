@@ -58,6 +58,16 @@ def test_what_depends_on_a_change_is_computed_again(tmp_path, monkeypatch, chang
     assert calls == expected[change]
 
 
+def arms():
+    return {"16 epochs": {"b": 1.0, "a": 2.0}, "2 epochs": np.ones(2)}
+
+
+def test_dictionaries_keep_their_order(tmp_path):
+    for _ in range(2):
+        found = store(tmp_path).result(arms, inputs=()).value
+        assert list(found) == ["16 epochs", "2 epochs"] and list(found["16 epochs"]) == ["b", "a"]
+
+
 def test_an_interrupted_computation_leaves_nothing(tmp_path):
     def fails():
         raise KeyboardInterrupt
