@@ -7,7 +7,6 @@ from typing import Any
 
 from rich.table import Table
 
-from rlhf_jax.report import console
 
 COMPARISON_COLUMNS = ("row", "ours", "against", "theirs", "ratio", "required", "met")
 PROGRAM_COLUMNS = ("program", "median", "fastest", "slowest", "tok/s", "compile", "memory")
@@ -15,6 +14,8 @@ PROGRAM_COLUMNS = ("program", "median", "fastest", "slowest", "tok/s", "compile"
 
 def terminal_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """Returns a table for the terminal."""
+    from rlhf_jax.report import console  # imports JAX, which --help does not need
+
     table = console.NumbersTable(*columns, title=title, title_style="bold")
     for row in rows:
         table.add_row(*row)
