@@ -7,7 +7,6 @@ from typing import Any
 
 from rich.table import Table
 
-
 COMPARISON_COLUMNS = ("row", "ours", "against", "theirs", "ratio", "required", "met")
 PROGRAM_COLUMNS = ("program", "median", "fastest", "slowest", "tok/s", "compile", "memory")
 
