@@ -48,6 +48,13 @@ def train_rows(trial: Trial, comparisons: types.Comparisons) -> types.Comparison
     return jax.tree.map(lambda x: x[:n], comparisons)
 
 
+def validation_rows(trial: Trial, comparisons: types.Comparisons) -> types.Comparisons:
+    """Returns the comparisons that no model is trained on."""
+    assert trial.task.world is not None
+    n = trial.task.world.n_compare
+    return jax.tree.map(lambda x: x[n:], comparisons)
+
+
 def train_policy(
     trial: Trial, start: types.Params, reward: types.Params, *, ptx_coef: float = 0.0, **changes: Any
 ) -> dict[str, Any]:

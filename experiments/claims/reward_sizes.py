@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from typing import Any
 
 import jax
 import numpy as np
-from recipe import jobs, stages
+from recipe import stages
 
 from claims import model_stages as ms
-from claims import trial as trial_lib
 from claims.trial import Trial
 from rlhf_jax import diagnostics, types
 
@@ -31,22 +28,9 @@ PROMPTS, SAMPLES = 192, 64
 NS = (1, 2, 4, 8, 16, 32, 64)
 
 
-@functools.cache
-def _programs(*args: Any, prompt_width: int) -> trial_lib.Programs:
-    return trial_lib.Programs(*args, prompt_width=prompt_width)
-
-
-def resized(trial: Trial, net: dict[str, int]) -> Trial:
-    """Returns a trial with the same data and models of another size."""
-    settings = trial_lib.changed(trial.settings, {"net": net})
-    cfg = jobs.model_config(settings, trial.task, None)
-    programs = _programs(cfg, trial.spec, prompt_width=trial.task.prompt_width)  # type: ignore[arg-type]
-    return dataclasses.replace(trial, settings=settings, cfg=cfg, shared=programs, sampler=programs.sampler(trial.task))
-
-
 def train(trial: Trial, compared: tuple[types.Comparisons, dict[str, Any]], *, size: str) -> types.Params:
     """Returns a reward model of one of the smaller sizes, pretrained and fine-tuned like the largest."""
-    own, settings = resized(trial, NETS[size]), trial.settings.sft
+    own, settings = trial.with_net(NETS[size]), trial.settings.sft
     start = ms.fine_tune(own, ms.pretrain(own), epochs=settings.mix_epochs, mix=settings.mix)
     return stages.train_reward_model(own, start, ms.train_rows(own, compared[0]))
 
@@ -64,7 +48,7 @@ def sample(trial: Trial, start: types.Params, *, prompts: int, samples: int) -> 
 
 def score(trial: Trial, reward: types.Params, pool: dict[str, np.ndarray], *, size: str = LARGEST) -> np.ndarray:
     """Returns the scores of sampled answers, ``[prompts, samples]``."""
-    own = trial if size == LARGEST else resized(trial, NETS[size])
+    own = trial if size == LARGEST else trial.with_net(NETS[size])
     return own.sampler.score(reward, pool["tokens"], pool["mask"]).reshape(pool["gold"].shape)
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from typing import Any
 
 import jax
 import numpy as np
-from launch.settings import PPO, Net
-from recipe import jobs, policy_sampling, rl_methods, stages
+from recipe import stages
 
-from claims.trial import Programs, Trial
-from rlhf_jax import generation, lm, parallel, types
+from claims.trial import Trial
+from rlhf_jax import types
 from rlhf_jax.simulation import labelers
-from rlhf_jax.train import ppo, ppo_models
+from rlhf_jax.train import ppo
 
 AT = (0, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24)
 """Iterations after which policies are measured; the last is the length of training."""
@@ -49,7 +46,8 @@ def follow(
     Returns:
         Gold utility, score, KL, features and, with ``test``, ``test_score`` of each answer at each of ``at``.
     """
-    own = of_size(trial, size).with_ppo(iterations=at[-1], **changes)
+    own = trial if size is None else trial.with_net(size, policy_only=True)
+    own = own.with_ppo(iterations=at[-1], **changes)
     rows = [_worth(own, start, start, reward, test)]
     batch_at, hyper_at = stages.ppo_inputs(own, "ppo", ptx_coef=0.0)
 
@@ -90,7 +88,7 @@ def means(measured: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def start_of(trial: Trial, *, size: dict[str, int]) -> types.Params:
     """Returns an SFT model of another size, trained like that from which RL starts."""
-    own, settings = of_size(trial, size), trial.settings.sft
+    own, settings = trial.with_net(size, policy_only=True), trial.settings.sft
     return stages.supervised(own, "sft_mix", stages.pretrain(own), epochs=settings.mix_epochs, mix=settings.mix)
 
 
@@ -98,52 +96,11 @@ def answer_often(
     trial: Trial, start: types.Params, reward: types.Params, *, size: dict[str, int], prompts: int, samples: int
 ) -> dict[str, np.ndarray]:
     """Returns score and gold utility of many answers of a model of another size, ``[prompts, samples]``."""
-    own = of_size(trial, size)
+    own = trial.with_net(size, policy_only=True)
     asked = own.task.eval_prompts.at(np.repeat(np.arange(prompts), samples))
     answers = own.sampler(start, start, reward, asked, jax.random.fold_in(own.key("evaluate"), 1000))
     worth = {"score": answers.scores_B, "gold": np.asarray(answers.gold.total)}
     return {name: x.reshape(prompts, samples) for name, x in worth.items()}
-
-
-def of_size(trial: Trial, size: dict[str, int] | None) -> Trial:
-    """Returns a trial whose policies have another size than its reward model and its critic."""
-    if size is None:
-        return trial
-    settings = dataclasses.replace(trial.settings, net=dataclasses.replace(Net(), **size))
-    cfg = jobs.model_config(settings, trial.task, None)
-    programs = _programs(cfg, trial.cfg, trial.spec, trial.task.prompt_width)  # type: ignore[arg-type]
-    return dataclasses.replace(trial, settings=settings, cfg=cfg, shared=programs, sampler=programs.sampler(trial.task))
-
-
-class SizedPrograms(Programs):
-    """The compiled steps of a policy whose reward model and critic have another size."""
-
-    def __init__(
-        self, cfg: lm.LMConfig, reward_cfg: lm.LMConfig, spec: generation.Sampling, *, prompt_width: int
-    ) -> None:
-        """Stores the arguments."""
-        super().__init__(cfg, spec, prompt_width=prompt_width)
-        self._models = ppo_models.from_config(
-            cfg, spec, prompt_width=prompt_width, critic_cfg=reward_cfg, score_cfg=reward_cfg
-        )
-
-    def sampler(self, task: Any) -> policy_sampling.Sampler:
-        """Returns the sampler of answers to the prompts of ``task``."""
-        if self._sampler is None:
-            self._sampler = policy_sampling.Sampler(self._models, task=task)
-        return self._sampler.with_task(task)
-
-    def compiled_ppo(self, settings: PPO) -> parallel.JitStep:
-        """The iteration of PPO; all settings must have the same options of the step."""
-        if not self._ppo_steps:
-            step = ppo.make_train_step(self._models, **rl_methods.train_step_options(settings))
-            self._ppo_steps[settings] = parallel.jit_step(step)
-        return next(iter(self._ppo_steps.values()))
-
-
-@functools.cache
-def _programs(cfg: lm.LMConfig, reward_cfg: lm.LMConfig, spec: generation.Sampling, width: int) -> SizedPrograms:
-    return SizedPrograms(cfg, reward_cfg, spec, prompt_width=width)
 
 
 def at_root(root_kl_C: np.ndarray, values_C: np.ndarray, roots_K: np.ndarray) -> np.ndarray:

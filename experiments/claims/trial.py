@@ -53,9 +53,23 @@ def changed(settings: Settings, changes: dict[str, dict[str, Any]]) -> Settings:
 class Programs:
     """The compiled steps of an architecture, which all seeds share. Each is built when it is first used."""
 
-    def __init__(self, cfg: lm.LMConfig, spec: generation.Sampling, *, prompt_width: int) -> None:
-        """Stores the arguments."""
-        self._cfg, self._spec, self._prompt_width = cfg, spec, prompt_width
+    def __init__(
+        self,
+        cfg: lm.LMConfig,
+        spec: generation.Sampling,
+        *,
+        prompt_width: int,
+        reward_cfg: lm.LMConfig | None = None,
+    ) -> None:
+        """Stores the arguments.
+
+        Args:
+            cfg: Architecture of the policy.
+            spec: Settings of the sampler.
+            prompt_width: Number of tokens in a padded prompt.
+            reward_cfg: Architecture of the reward model and the critic in RL; None for that of the policy.
+        """
+        self._cfg, self._spec, self._prompt_width, self._reward_cfg = cfg, spec, prompt_width, reward_cfg
         self._sampler: policy_sampling.Sampler | None = None
         self._ppo_steps: dict[PPO, parallel.JitStep] = {}
 
@@ -69,11 +83,15 @@ class Programs:
         """The step of reward models."""
         return parallel.jit_step(reward_model.make_train_step(partial(lm.score, cfg=self._cfg)))
 
+    def rl_functions(self, **options: Any) -> ppo.Models:
+        """Returns the functions of policy, critic and reward model; ``options`` are those of `ppo_models`."""
+        cfgs = {"critic_cfg": self._reward_cfg, "score_cfg": self._reward_cfg}
+        return ppo_models.from_config(self._cfg, self._spec, prompt_width=self._prompt_width, **cfgs, **options)
+
     def sampler(self, task: tasks.Task) -> policy_sampling.Sampler:
         """Returns the sampler of answers to the prompts of ``task``."""
         if self._sampler is None:
-            models = ppo_models.from_config(self._cfg, self._spec, prompt_width=self._prompt_width)
-            self._sampler = policy_sampling.Sampler(models, task=task)
+            self._sampler = policy_sampling.Sampler(self.rl_functions(), task=task)
         return self._sampler.with_task(task)
 
     def compiled_ppo(self, settings: PPO) -> parallel.JitStep:
@@ -82,13 +100,7 @@ class Programs:
         inputs = (set(grids.SWEPT) - {"kl_loss_coef", "entropy_coef"}) | {"iterations", "warmup", "schedule"}
         key = dataclasses.replace(settings, **{name: getattr(default, name) for name in inputs})
         if key not in self._ppo_steps:
-            models = ppo_models.from_config(
-                self._cfg,
-                self._spec,
-                prompt_width=self._prompt_width,
-                samples=settings.samples,
-                critic=rl_methods.has_critic(settings),
-            )
+            models = self.rl_functions(samples=settings.samples, critic=rl_methods.has_critic(settings))
             if rl_methods.has_critic(settings) and settings.critic == "zero-head":
                 models = models._replace(join=ppo.shared_trunk)
             step = ppo.make_train_step(models, **rl_methods.train_step_options(settings))
@@ -97,8 +109,8 @@ class Programs:
 
 
 @functools.cache
-def _programs(cfg: lm.LMConfig, spec: generation.Sampling, prompt_width: int) -> Programs:
-    return Programs(cfg, spec, prompt_width=prompt_width)
+def _programs(cfg: lm.LMConfig, spec: Any, prompt_width: int, reward_cfg: lm.LMConfig | None = None) -> Programs:
+    return Programs(cfg, spec, prompt_width=prompt_width, reward_cfg=reward_cfg)
 
 
 @functools.cache  # a new transformation, even an equal one, would make the step recompile
@@ -141,6 +153,19 @@ class Trial(jobs.Job):
         """Returns the result of ``function(trial, *inputs, **options)``, which is computed once and stored."""
         return self.store.result(function, self, inputs=inputs, **options)
 
+    def with_net(self, net: dict[str, int], *, policy_only: bool = False) -> Trial:
+        """Returns a trial with models of another size, given by --net settings.
+
+        Args:
+            net: Settings that differ.
+            policy_only: Whether the reward model and the critic in RL keep their size.
+        """
+        settings = changed(self.settings, {"net": net})
+        cfg = jobs.model_config(settings, self.task, None)
+        programs = _programs(cfg, self.spec, self.task.prompt_width, self.cfg if policy_only else None)
+        sampler = programs.sampler(self.task)
+        return dataclasses.replace(self, settings=settings, cfg=cfg, shared=programs, sampler=sampler)
+
     def with_ppo(self, **changes: Any) -> Trial:
         """Returns a trial with other --ppo settings."""
         settings = dataclasses.replace(self.settings.ppo, **changes)
@@ -170,7 +195,7 @@ def make_trial(
     task = tasks.make_task(settings)
     cfg = jobs.model_config(settings, task, None)
     spec = generation.Sampling(max_new_tokens=task.response_width, stop_ids=task.fmt.stop_ids, pad_id=task.fmt.pad_id)
-    programs = _programs(cfg, spec, task.prompt_width)  # type: ignore[arg-type]
+    programs = _programs(cfg, spec, task.prompt_width)
     context = {"settings": dataclasses.asdict(settings), "quick": quick}
     return Trial(
         settings=settings,

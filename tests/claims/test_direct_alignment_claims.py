@@ -10,7 +10,6 @@ from claims.direct_alignment import (
     c40_unseen_answers,
     c41_pair_shift,
     c43b_implicit_reward,
-    dpo_stages,
 )
 from claims.policy_optimisation import (
     c34_known_optimum,
@@ -135,20 +134,6 @@ def test_a_claim_is_rarely_shown_without_an_effect(name):
     rng = np.random.default_rng(1)
     shown = [verdicts.overall(module.decide([simulate(rng, 0) for _ in range(SEEDS)])) == "shown" for _ in range(200)]
     assert np.mean(shown) <= 0.05
-
-
-def test_pair_accuracy_equals_a_loop_over_pairs():
-    rng = np.random.default_rng(0)
-    score_BK, ranks_BK = rng.integers(0, 4, (6, 5)).astype(float), rng.integers(1, 4, (6, 5))
-    where_BK = np.arange(5) < rng.integers(2, 6, (6, 1))
-    outcomes = [
-        float(score_K[i] > score_K[j]) + 0.5 * (score_K[i] == score_K[j])
-        for score_K, ranks_K, where_K in zip(score_BK, ranks_BK, where_BK)
-        for i in range(5)
-        for j in range(5)
-        if where_K[i] and where_K[j] and ranks_K[i] < ranks_K[j]
-    ]
-    assert dpo_stages.pair_accuracy(score_BK, ranks_BK, where_BK) == pytest.approx(np.mean(outcomes), abs=1e-12)
 
 
 def test_gold_utility_is_compared_at_equal_kl():

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from claims import model_stages as ms
-from claims import verdicts
+from claims import reward_fits, verdicts
 from claims.claim import Claim, Measured
 from claims.direct_alignment import dpo_stages
 from claims.trial import Trial
@@ -28,8 +28,8 @@ def measure(trial: Trial) -> Measured:
         "reward model": trial.result(dpo_stages.explicit_rewards, recipe.reward, recipe.compared),
         "DPO": trial.result(dpo_stages.implicit_rewards, policy, recipe.start, recipe.compared),
     }
-    labels = trial.result(dpo_stages.labels, recipe.compared).value
-    return {name: {"accuracy": dpo_stages.pair_accuracy(rewards[name].value, **labels)} for name in ARMS}
+    rows = ms.validation_rows(trial, recipe.compared.value[0])
+    return {name: {"accuracy": reward_fits.pair_numbers(rewards[name].value, rows)["accuracy"]} for name in ARMS}
 
 
 def decide(measured_S: Sequence[Measured]) -> list[verdicts.Part]:

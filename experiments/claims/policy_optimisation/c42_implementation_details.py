@@ -24,7 +24,7 @@ from claims.claim import Claim, Measured
 from claims.trial import Trial
 from rlhf_jax import parallel, types
 from rlhf_jax.report import plots
-from rlhf_jax.train import estimators, ppo, ppo_models
+from rlhf_jax.train import estimators, ppo
 
 SMALL_BATCH = 32
 STEPS = ("baseline", "+ normalised advantages", "+ large batch", "+ moving reference")
@@ -37,11 +37,10 @@ class WithoutWhitening(trial_lib.Programs):
 
     def compiled_ppo(self, settings: PPO) -> parallel.JitStep:
         """Returns the PPO iteration."""
-        models = ppo_models.from_config(self._cfg, self._spec, prompt_width=self._prompt_width)
         options: dict[str, Any] = rl_methods.train_step_options(settings) | {
             "estimate": partial(estimators.gae, whiten=False)
         }
-        return parallel.jit_step(ppo.make_train_step(models, **options))
+        return parallel.jit_step(ppo.make_train_step(self.rl_functions(), **options))
 
 
 def train_without_whitening(trial: Trial, start: types.Params, reward: types.Params, **changes: Any) -> dict[str, Any]:
