@@ -162,7 +162,7 @@ class Trial(jobs.Job):
         """
         settings = changed(self.settings, {"net": net})
         cfg = jobs.model_config(settings, self.task, None)
-        programs = _programs(cfg, self.spec, self.task.prompt_width, self.cfg if policy_only else None)
+        programs = _programs(cfg, self.spec, self.task.prompt_width, self.cfg if policy_only else None)  # type: ignore[arg-type]
         sampler = programs.sampler(self.task)
         return dataclasses.replace(self, settings=settings, cfg=cfg, shared=programs, sampler=sampler)
 
@@ -195,7 +195,7 @@ def make_trial(
     task = tasks.make_task(settings)
     cfg = jobs.model_config(settings, task, None)
     spec = generation.Sampling(max_new_tokens=task.response_width, stop_ids=task.fmt.stop_ids, pad_id=task.fmt.pad_id)
-    programs = _programs(cfg, spec, task.prompt_width)
+    programs = _programs(cfg, spec, task.prompt_width)  # type: ignore[arg-type]  # frozen, thus hashable
     context = {"settings": dataclasses.asdict(settings), "quick": quick}
     return Trial(
         settings=settings,

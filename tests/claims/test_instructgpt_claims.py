@@ -7,17 +7,22 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from claims import claim_results, reward_fits, reward_sizes, verdicts
 from claims.instructgpt import (
     c02_pair_batches,
     c03_sft_epochs,
+    c04_labeler_agreement,
     c05_labeler_groups,
+    c06_heldout_labelers,
+    c07_alignment_tax,
     c08_ptx_versus_kl,
+    c09_kl_coefficient,
     c10_learning_rates,
 )
-from claims.overoptimisation import c18_reward_size, c36_reward_scaling
+from claims.overoptimisation import c18_reward_size, c25_best_of_k, c36_reward_scaling
 
 from rlhf_jax import losses, types
 from rlhf_jax.simulation import labelers
@@ -86,10 +91,57 @@ def reward_scaling(rng, effect):
     return curves | quarter
 
 
+def labeler_agreement(rng, effect):
+    rates = {"closed form": 0.73, "one labeler": 0.73, "majority of three": 0.73 + 0.03 * effect}
+    return {name: rate + 0.003 * rng.normal() for name, rate in rates.items()}
+
+
+def heldout_labelers(rng, effect):
+    gap = {1: 0.0, 0: 0.03, -1: 0.08}[int(effect)]  # without an effect, it is on the border of the range
+    rates = {"training labelers": 0.65 + 0.01 * rng.normal(), "held-out labelers": 0.0}
+    rates["held-out labelers"] = rates["training labelers"] - gap
+    return {name: {k: v + 0.005 * rng.normal() for k, v in rates.items()} for name in c06_heldout_labelers.OPTIONS}
+
+
+def alignment_tax(rng, effect):
+    skills = {
+        "start": 0.5,
+        "ppo": 0.5 - 0.08 * effect,
+        "ppo_ptx": 0.5 + 0.05 * effect,
+        "longer ppo": 0.5 - 0.2 * effect,
+    }
+    return {
+        name: {"skill_accuracy": skill + 0.01 * rng.normal(), "gold": rng.normal(size=4000)}
+        for name, skill in skills.items()
+    }
+
+
+def kl_coefficient(rng, effect):
+    peak = 0.1 * effect * np.array([0, 1, 2, 3, 2, 1, 1, 0])
+    return {
+        f"{coef:g}": {"gold": 0.7 + gold + 0.01 * rng.normal(), "score": 0.0, "kl": 1.0}
+        for coef, gold in zip(c09_kl_coefficient.COEFS, peak, strict=True)
+    }
+
+
+def best_of_k(rng, effect):
+    """Answers to 100 prompts; the best of k is better by the same amount at each step."""
+    measured = {}
+    for step, k in enumerate(c25_best_of_k.SIZES):
+        halves = {half: 0.2 * effect * step + rng.normal(size=(100, 64 // k)) for half in ("first", "second")}
+        measured[f"best of {k}"] = {"gold": float(halves["first"].mean())} | halves
+    return measured
+
+
 CASES = [
     (c02_pair_batches.CLAIM, pair_batches),
     (c03_sft_epochs.CLAIM, sft_epochs),
+    (c04_labeler_agreement.CLAIM, labeler_agreement),
     (c05_labeler_groups.CLAIM, labeler_groups),
+    (c06_heldout_labelers.CLAIM, heldout_labelers),
+    (c07_alignment_tax.CLAIM, alignment_tax),
+    (c09_kl_coefficient.CLAIM, kl_coefficient),
+    (c25_best_of_k.CLAIM, best_of_k),
     (c08_ptx_versus_kl.CLAIM, ptx_versus_kl),
     (c10_learning_rates.CLAIM, learning_rates),
     (c18_reward_size.CLAIM, reward_curves),
@@ -204,6 +256,32 @@ def test_the_curve_of_a_perfect_reward_model_is_that_of_order_statistics():
     np.testing.assert_allclose(curve["gold"], expected, atol=0.06)
     np.testing.assert_allclose(curve["proxy"], curve["gold"], rtol=0.03, atol=0.01)
     assert np.all(np.diff(list(reward_sizes.LOG_SIZES.values())) > 1)
+
+
+def test_the_best_of_k_is_the_sample_with_the_highest_score():
+    rng = np.random.default_rng(0)
+    score_PN, gold_PN = rng.normal(size=(2, 5, 12))
+    best_PG = c25_best_of_k._best(score_PN, gold_PN, 4)
+    for p in range(5):
+        for g in range(3):
+            group = range(4 * g, 4 * g + 4)
+            assert best_PG[p, g] == gold_PN[p, max(group, key=lambda n: score_PN[p, n])]
+
+
+def test_ties_do_not_count_in_the_agreement_of_labelers():
+    assert c04_labeler_agreement._agreement(np.array([1, -1, 0, 1, 1]), np.array([1, 1, 1, 0, 1])) == 2 / 3
+    votes_LN = np.array([[1, 1, 1, -1], [1, -1, 0, -1], [-1, -1, -1, 0]])
+    np.testing.assert_array_equal(c04_labeler_agreement._majority(votes_LN), [1, -1, 0, -1])
+
+
+def test_different_labelers_judge_a_pair_and_follow_their_tastes():
+    pool = labelers.make_pool(jax.random.key(0), 6, spread=0.2, temperature=1e-4)
+    features_NF = np.random.default_rng(1).random((60, len(labelers.FEATURES))).astype(np.float32)
+    choice_LN = c04_labeler_agreement._choices(jax.random.key(1), pool, features_NF, features_NF[::-1])
+    share_N = np.asarray(labelers.preference_share(pool, jnp.asarray(features_NF), jnp.asarray(features_NF[::-1])))
+    assert (choice_LN[:, share_N == 1] == 1).all() and (choice_LN[:, share_N == 0] == -1).all()
+    assert 0 < np.mean(choice_LN[:, (share_N > 0) & (share_N < 1)] == 1) < 1
+    assert choice_LN.shape == (c04_labeler_agreement.LABELERS, 60)
 
 
 def test_all_claims_are_described():

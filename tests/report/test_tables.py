@@ -169,6 +169,12 @@ def test_numbers_of_all_tables_are_whole_in_80_columns(name):
             assert word in text
 
 
+def test_headings_wrap_before_a_table_is_divided():
+    table = console.NumbersTable("name", *(f"a long heading of the column {i}" for i in range(4)))
+    table.add_row("a name", *(f"{i}.5" for i in range(4)))
+    assert printed(table, 80).count("a name") == 1
+
+
 def test_a_table_is_divided_only_if_it_does_not_fit():
     table = console.NumbersTable("name", *(f"column {i}" for i in range(6)), title="title", caption="caption")
     table.add_row("a name", *(f"{i}.123 (−0.1 to 0.1)" for i in range(6)))

@@ -40,11 +40,10 @@ def measure(trial: Trial) -> Measured:
     a_NF, b_NF = (np.repeat(each_NF, DRAWS, axis=0) for each_NF in (a_NF, b_NF))
     noisy: labelers.Pool = pool.replace(temperature=jnp.float32(noise))  # type: ignore[attr-defined]
     choice_LN = _choices(trial.key("comparisons"), noisy, a_NF, b_NF)
-    majority_N = np.sign(choice_LN[1:].sum(axis=0))
     return {
         "closed form": labelers.agreement(utility_a_NR, utility_b_NR, temperature=noise),
         "one labeler": _agreement(choice_LN[0], choice_LN[1]),
-        "majority of three": _agreement(choice_LN[0], majority_N),
+        "majority of three": _agreement(choice_LN[0], _majority(choice_LN[1:])),
     }
 
 
@@ -60,6 +59,11 @@ def _choices(key: jax.Array, pool: labelers.Pool, a_NF: np.ndarray, b_NF: np.nda
         for i, labeler_N in enumerate(labeler_LN)
     ]
     return np.stack([np.sign(np.asarray(rank_NK[:, 1] - rank_NK[:, 0])) for rank_NK in ranks])
+
+
+def _majority(choice_LN: np.ndarray) -> np.ndarray:
+    """Returns what most labelers prefer; 0 if as many prefer one answer as the other."""
+    return np.sign(choice_LN.sum(axis=0))
 
 
 def _agreement(first_N: np.ndarray, second_N: np.ndarray) -> float:

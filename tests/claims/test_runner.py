@@ -1,0 +1,56 @@
+"""Claims are measured in other processes, and what is stored is not measured again."""
+
+import json
+import pathlib
+
+import claims
+import pytest
+from claims import catalogue, claim_report, claim_results, runner
+
+
+def run_quickly(folder, work, processes=1):
+    done = {}
+    runner.measure_all(
+        work, store=folder, quick=True, processes=processes, on_done=lambda each, result: done.update({each: result})
+    )
+    return done
+
+
+def test_every_module_of_a_claim_is_found():
+    ids = {path.stem[:3].upper() for path in pathlib.Path(claims.__path__[0]).glob("*/c[0-9]*.py")}
+    assert {each[:3] for each in catalogue.CLAIMS} == ids and len(ids) > 20
+
+
+def test_every_claim_has_a_test_of_its_decision():
+    tests = "".join(path.read_text() for path in pathlib.Path(__file__).parent.glob("*_claims.py"))
+    tests += (pathlib.Path(__file__).parent / "test_claims.py").read_text()
+    modules = [claim.measure.__module__.rpartition(".")[2] for claim in catalogue.CLAIMS.values()]
+    assert not [name for name in modules if f"{name}.CLAIM" not in tests and f"({name}, " not in tests]
+
+
+def test_a_claim_is_measured_once_and_reported(tmp_path, monkeypatch):
+    work = runner.Work("C41", 100)
+    first = runner.measure(work, store=tmp_path / "store", quick=True)
+    assert first.seconds > 0 and first.shared_seconds == 0
+    claim = catalogue.CLAIMS["C41"]
+    monkeypatch.setattr(claim_results, "commit", lambda: "0123456789")
+    decided = claim_results.decide(claim, [first], seeds=[100], settings={"quick": True})
+    assert decided["verdict"] == "not shown" and decided["ci"] == [None, None]  # one seed gives no interval
+    assert decided["seconds"] == first.seconds
+    (tmp_path / "C41.json").write_text(json.dumps(decided))
+    (tmp_path / "C41.svg").write_text(claim.plot([first.measured]))
+    assert claim_results.read(tmp_path) == [decided]
+    page = claim_report.write(tmp_path, [decided]).read_text()
+    assert claim.claim in page and "<svg" in page and "verdicts mean nothing" in page
+    assert "| not shown |" in (tmp_path / "table.md").read_text()
+
+    runner._trial.cache_clear()
+    files = set((tmp_path / "store").rglob("*.pickle"))
+    again = runner.measure(work, store=tmp_path / "store", quick=True)
+    assert again.seconds == first.seconds and set((tmp_path / "store").rglob("*.pickle")) == files
+    assert again.measured.keys() == first.measured.keys()
+
+
+def test_a_failure_in_another_process_names_claim_and_seed(tmp_path):
+    with pytest.raises(RuntimeError, match=r"(?s)C00 with seed [78] failed: .*KeyError: 'C00'"):
+        run_quickly(tmp_path, [runner.Work("C00", 7), runner.Work("C00", 8)], processes=2)
