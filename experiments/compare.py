@@ -17,7 +17,7 @@ instructgpt.py are accepted too, except those without effect, such as --ppo.meth
 The run folder contains compare.json, compare.html with the figure, config.json, metrics.jsonl, tensorboard/ and
 checkpoints/.
 
-The comparison takes about 14 minutes and 2 GB on two CPU cores. docs/methods.md has the results.
+The comparison takes about 12 minutes and 2 GB on two CPU cores. docs/methods.md has the results.
 """
 
 from __future__ import annotations
