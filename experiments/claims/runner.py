@@ -24,6 +24,10 @@ class Work(NamedTuple):
     claim: str
     seed: int
 
+    def __str__(self) -> str:
+        """Returns the claim and the seed."""
+        return f"{self.claim} with seed {self.seed}"
+
 
 class Done(NamedTuple):
     """What was measured, and how long it took."""
@@ -49,8 +53,9 @@ def measure_all(
     What is in the store is not computed again. The results do not depend on the number of processes.
 
     Raises:
-        RuntimeError: A measurement failed.
+        RuntimeError: Measurements failed; it is raised after all others are done.
     """
+    failed: list[str] = []
     context = multiprocessing.get_context("spawn")  # JAX does not support fork
     waiting, started = list(work)[::-1], []
     busy: dict[Any, Work] = {}  # by connection
@@ -73,17 +78,20 @@ def measure_all(
                 try:
                     done = connection.recv()
                 except EOFError:
-                    done = "its process ended, perhaps for lack of memory"
-                if isinstance(done, str):
-                    raise RuntimeError(f"{finished.claim} with seed {finished.seed} failed: {done}")
+                    raise RuntimeError(f"{finished} failed: its process ended, perhaps for lack of memory") from None
                 if waiting:
                     busy[connection] = waiting.pop()
                     connection.send(busy[connection])
-                on_done(finished, done)
+                if isinstance(done, str):
+                    failed.append(f"{finished} failed: {done}")
+                else:
+                    on_done(finished, done)
     finally:
         for process in started:
             process.kill()  # stored results are written atomically
             process.join()
+    if failed:
+        raise RuntimeError("\n".join(failed))
 
 
 def _serve(connection: Any, core: int | None, store: pathlib.Path, quick: bool) -> None:
@@ -125,7 +133,11 @@ def measure(work: Work, *, store: pathlib.Path, quick: bool) -> Done:
     return Done(measured, own, others, len(trial.task.eval_prompts))
 
 
-SHARED = tuple(f"claims.model_stages.{name}" for name in ("pretrain", "fine_tune", "compare", "train_reward_model"))
+SHARED = (
+    *(f"claims.model_stages.{name}" for name in ("pretrain", "fine_tune", "compare", "train_reward_model")),
+    "claims.reward_sizes.train",
+    "claims.sample_pool.sample",
+)
 """Stages whose duration does not count as that of a claim."""
 
 

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 from recipe import stages
 
+from claims import model_stages as ms
 from claims.trial import Trial
 from rlhf_jax import types
-from rlhf_jax.simulation import labelers
 from rlhf_jax.train import ppo
 
 AT = (0, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24)
@@ -29,7 +29,7 @@ def follow(
     test: types.Params | None = None,
     *,
     at: tuple[int, ...],
-    size: dict[str, int] | None = None,
+    size: str = ms.LARGEST,
     **changes: Any,
 ) -> dict[str, np.ndarray]:
     """Trains a policy and returns what its answers to the held-out prompts are worth, ``[C, N, ...]``.
@@ -40,14 +40,13 @@ def follow(
         reward: The reward model, which is also the initial critic.
         test: Another reward model, whose ``test_score`` is returned too; None for none.
         at: Iterations after which the answers are sampled; the last is the number of iterations.
-        size: Size of the policy, if it is not that of the reward model, as --net settings.
+        size: Size of the policy.
         **changes: Other --ppo settings.
 
     Returns:
         Gold utility, score, KL, features and, with ``test``, ``test_score`` of each answer at each of ``at``.
     """
-    own = trial if size is None else trial.with_net(size, policy_only=True)
-    own = own.with_ppo(iterations=at[-1], **changes)
+    own = ms.sized(trial, size, policy_only=True).with_ppo(iterations=at[-1], **changes)
     rows = [_worth(own, start, start, reward, test)]
     batch_at, hyper_at = stages.ppo_inputs(own, "ppo", ptx_coef=0.0)
 
@@ -73,34 +72,12 @@ def _worth(trial: Trial, policy: Any, start: Any, reward: Any, test: Any) -> dic
     key = jax.random.fold_in(trial.key("evaluate"), 2000)
     answers = trial.sampler(policy, start, reward, trial.task.eval_prompts, key)
     tested = {} if test is None else {"test_score": trial.sampler.score(test, answers.tokens_BL, answers.mask_BL)}
-    return tested | {
-        "gold": np.asarray(answers.gold.total),
-        "score": answers.scores_B,
-        "kl": answers.kl_B,
-        "features": np.asarray(labelers.features(answers.gold)),
-    }
+    return tested | ms.worth(answers)
 
 
 def means(measured: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns the mean over prompts of gold utility, score and KL at each checkpoint, ``[C]``."""
     return {name: measured[name].mean(axis=1, dtype=np.float64) for name in ("gold", "score", "kl")}
-
-
-def start_of(trial: Trial, *, size: dict[str, int]) -> types.Params:
-    """Returns an SFT model of another size, trained like that from which RL starts."""
-    own, settings = trial.with_net(size, policy_only=True), trial.settings.sft
-    return stages.supervised(own, "sft_mix", stages.pretrain(own), epochs=settings.mix_epochs, mix=settings.mix)
-
-
-def answer_often(
-    trial: Trial, start: types.Params, reward: types.Params, *, size: dict[str, int], prompts: int, samples: int
-) -> dict[str, np.ndarray]:
-    """Returns score and gold utility of many answers of a model of another size, ``[prompts, samples]``."""
-    own = trial.with_net(size, policy_only=True)
-    asked = own.task.eval_prompts.at(np.repeat(np.arange(prompts), samples))
-    answers = own.sampler(start, start, reward, asked, jax.random.fold_in(own.key("evaluate"), 1000))
-    worth = {"score": answers.scores_B, "gold": np.asarray(answers.gold.total)}
-    return {name: x.reshape(prompts, samples) for name, x in worth.items()}
 
 
 def at_root(root_kl_C: np.ndarray, values_C: np.ndarray, roots_K: np.ndarray) -> np.ndarray:

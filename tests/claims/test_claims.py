@@ -82,26 +82,21 @@ def c35(rng, effect, noise=0.002):
     }
 
 
-def c37(rng, effect, noise=0.005):
+def c37(rng, effect, noise=0.002):
     ns = np.array(c37_policy_size.NS)
     best_kl_M = np.log(ns) - (ns - 1) / ns
-    spent, more = {1: (4.0, 0.5), -1: (0.25, -0.5), 0: (1.0, 0.0)}[effect]
+    d_M = np.sqrt(best_kl_M)
+    spent, more = {1: (4.0, 0.2), -1: (0.25, -0.2), 0: (1.0, 0.0)}[effect]
     measured = {}
-    for name, gain in (("small", 1.0 + more), ("large", 1.0)):
-        stretch = 3.0 if effect < 0 and name == "small" else 1.0
-        d_C = D_C / stretch
-        gold_C = d_C * (1 - np.log(np.maximum(d_C, 1e-9)))
-        level_M = gain * np.sqrt(best_kl_M)
+    for name, gain in (("small", 0.1 * (1 + more)), ("large", 0.1)):
+        peak = 2.0 if effect < 0 and name == "small" else 1.0
+        gain = gain + noise * rng.normal()
         measured[name] = {
-            "rl": {
-                "kl": KL_C,
-                "score": np.sqrt(KL_C / spent) + noise * rng.normal(size=len(D_C)),
-                "gold": gold_C + noise * rng.normal(size=len(D_C)),
-            },
+            "rl": {"kl": KL_C, "score": np.sqrt(KL_C / spent) * np.exp(0.1 * rng.normal()), "gold": KL_C},
             "best of n": {
                 "kl": best_kl_M,
-                "score": np.sqrt(best_kl_M) + noise * rng.normal(size=len(ns)),
-                "gold": level_M + noise * rng.normal(size=len(ns)),
+                "score": np.sqrt(best_kl_M) * np.exp(0.1 * rng.normal()),
+                "gold": 0.6 + gain * d_M * (2 - d_M / peak) / peak,
             },
         }
     return measured

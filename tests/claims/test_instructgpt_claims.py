@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from claims import claim_results, reward_fits, reward_sizes, verdicts
+from claims import claim_results, model_stages, reward_fits, reward_sizes, trial, verdicts
 from claims.instructgpt import (
+    c01_alignment_beats_size,
     c02_pair_batches,
     c03_sft_epochs,
     c04_labeler_agreement,
@@ -22,7 +23,8 @@ from claims.instructgpt import (
     c09_kl_coefficient,
     c10_learning_rates,
 )
-from claims.overoptimisation import c18_reward_size, c25_best_of_k, c36_reward_scaling
+from claims.overoptimisation import c11_scaling, c18_reward_size, c25_best_of_k, c36_reward_scaling
+from recipe import tasks
 
 from rlhf_jax import losses, types
 from rlhf_jax.simulation import labelers
@@ -75,7 +77,7 @@ def learning_rates(rng, effect):
 def reward_curves(rng, effect):
     d = np.sqrt(np.log(reward_sizes.NS) - 1 + 1 / np.array(reward_sizes.NS))
     curves = {}
-    for place, size in enumerate((*reward_sizes.NETS, reward_sizes.LARGEST)):
+    for place, size in enumerate((*reward_sizes.SIZES, model_stages.LARGEST)):
         bend = 0.02 - 0.004 * effect * place
         noise = 0.002 * rng.normal() * d
         curves[size] = {"proxy": 1.2 * d, "gold": d * (0.1 - bend * d) + noise + 0.001 * rng.normal(size=len(d)) * d}
@@ -84,7 +86,7 @@ def reward_curves(rng, effect):
 
 def reward_scaling(rng, effect):
     curves = reward_curves(rng, effect)
-    largest = curves[reward_sizes.LARGEST]
+    largest = curves[model_stages.LARGEST]
     quarter = {name: dict(largest, gold=largest["gold"] * (1 - 0.3 * effect)) for name in c36_reward_scaling.QUARTER}
     for curve in quarter.values():
         curve["gold"] = curve["gold"] + 0.004 * rng.normal() * curve["proxy"]
@@ -133,7 +135,32 @@ def best_of_k(rng, effect):
     return measured
 
 
+def alignment_beats_size(rng, effect):
+    level = {"base": -2.0, "prompted": -1.0, "sft": 0.0, "ppo": 1.0, "ppo_ptx": 1.0}
+    difference = {"small": -0.5, "large": 0.0}
+    return {
+        f"{size} {arm}": {"gold": effect * level[arm] + less + rng.normal(size=2000)}
+        for size, less in difference.items()
+        for arm in c01_alignment_beats_size.ARMS
+    }
+
+
+def scaling(rng, effect):
+    return {
+        f"{size}, 1 / {share}": {
+            "accuracy": 0.6
+            + 0.02 * effect * (model_stages.LOG_SIZES[size] - 13)
+            - 0.02 * effect * np.log2(share)
+            + 0.003 * rng.normal()
+        }
+        for size in c11_scaling.SIZES
+        for share in c11_scaling.SHARES
+    }
+
+
 CASES = [
+    (c01_alignment_beats_size.CLAIM, alignment_beats_size),
+    (c11_scaling.CLAIM, scaling),
     (c02_pair_batches.CLAIM, pair_batches),
     (c03_sft_epochs.CLAIM, sft_epochs),
     (c04_labeler_agreement.CLAIM, labeler_agreement),
@@ -255,7 +282,42 @@ def test_the_curve_of_a_perfect_reward_model_is_that_of_order_statistics():
     expected = [0.0] + [rng.normal(size=(4000, n)).max(axis=1).mean() for n in reward_sizes.NS[1:]]
     np.testing.assert_allclose(curve["gold"], expected, atol=0.06)
     np.testing.assert_allclose(curve["proxy"], curve["gold"], rtol=0.03, atol=0.01)
-    assert np.all(np.diff(list(reward_sizes.LOG_SIZES.values())) > 1)
+    assert np.all(np.diff(list(model_stages.LOG_SIZES.values())) > 0.5)
+
+
+def test_accuracy_counts_pairs_of_different_gold_utility():
+    rng = np.random.default_rng(0)
+    scores_PN, gold_PN = rng.integers(4, size=(2, 6, 9)) / 4
+    right = []
+    for p in range(6):
+        for i in range(9):
+            for j in range(9):
+                if gold_PN[p, i] > gold_PN[p, j]:
+                    right.append(0.5 * (1 + np.sign(scores_PN[p, i] - scores_PN[p, j])))
+    assert c11_scaling.accuracy(scores_PN, gold_PN) == pytest.approx(np.mean(right))
+
+
+def test_the_regression_finds_the_slopes_of_both_logarithms():
+    rng = np.random.default_rng(0)
+    exact = {
+        f"{size}, 1 / {share}": {"accuracy": 0.5 + 0.01 * model_stages.LOG_SIZES[size] - 0.02 * np.log2(share)}
+        for size in c11_scaling.SIZES
+        for share in c11_scaling.SHARES
+    }
+    assert c11_scaling.regress(exact) == pytest.approx((0.01, 0.02, 1.0))
+    noise = {name: {"accuracy": rng.normal()} for name in exact}
+    assert c11_scaling.regress(noise)[2] < 0.8
+
+
+def test_prompts_are_written_like_questions_of_the_corpus():
+    task = tasks.make_task(trial.settings_of(100, quick=True))
+    written = c01_alignment_beats_size.as_in_corpus(task)
+    texts = [task.tokenizer.decode(row[mask]) for row, mask in zip(written.tokens_BP, written.mask_BP)]
+    followed = next(i for i, text in enumerate(written.texts) if "assistant:" in text)
+    assert written.texts[followed].endswith(texts[followed].removesuffix(" answer :").split(" . ")[-1])
+    assert all(text.startswith("question : ") and text.endswith(" answer :") for text in texts)
+    assert written.tokens_BP.shape == task.eval_prompts.tokens_BP.shape
+    assert "<|user|>" not in " ".join(texts) and "assistant" not in " ".join(texts)
 
 
 def test_the_best_of_k_is_the_sample_with_the_highest_score():

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from claims import model_stages as ms
-from claims import verdicts
+from claims import sample_pool, verdicts
 from claims.claim import Claim, Measured
 from claims.trial import Trial
 from rlhf_jax.report import plots
@@ -23,6 +23,8 @@ from rlhf_jax.simulation import labelers
 TARGET = 0.73
 DRAWS = 8
 """Number of times that each pair is judged."""
+SAMPLES = 16
+"""Answers to each prompt, of which each two are a pair."""
 LABELERS = 4
 """One labeler, and three whose majority is compared with the first one's choice."""
 
@@ -30,9 +32,8 @@ LABELERS = 4
 def measure(trial: Trial) -> Measured:
     """Simulates the choices of four labelers on each pair."""
     recipe = ms.Recipe(trial)
-    n = len(trial.task.eval_prompts)
-    pairs = trial.result(ms.answer_often, recipe.start, recipe.start, recipe.reward, prompts=n, samples=8).value
-    a_NF, b_NF = pairs["features"].reshape(-1, 2, pairs["features"].shape[-1]).swapaxes(0, 1)
+    features_PNF = sample_pool.pool(trial, recipe).value["features"][:, :SAMPLES]
+    a_NF, b_NF = features_PNF.reshape(-1, 2, features_PNF.shape[-1]).swapaxes(0, 1)
     assert trial.task.world is not None
     pool = trial.task.world.pool
     utility_a_NR, utility_b_NR = (np.asarray(labelers.utilities(pool, each_NF)) for each_NF in (a_NF, b_NF))

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from claims import model_stages as ms
 from claims import reward_sizes, verdicts
 from claims.claim import Claim, Measured
 from claims.trial import Trial
@@ -33,7 +34,7 @@ def gold_at(curve: dict[str, np.ndarray], gain: float) -> float:
 def decide(measured_S: Sequence[Measured]) -> list[verdicts.Part]:
     """Computes the slope of the gold utility against the logarithm of the size."""
     gold_SA = np.array([[gold_at(curve, GAIN) for curve in measured.values()] for measured in measured_S])
-    slopes_S = np.polyfit([reward_sizes.LOG_SIZES[size] for size in measured_S[0]], gold_SA.T, 1)[0]
+    slopes_S = np.polyfit([ms.LOG_SIZES[size] for size in measured_S[0]], gold_SA.T, 1)[0]
     return [
         verdicts.above("gain in gold utility at equal gain in score, per doubling of the reward model", slopes_S),
         verdicts.above("the same, largest − smallest reward model", gold_SA[:, -1] - gold_SA[:, 0]),

@@ -13,7 +13,7 @@ import numpy as np
 from scipy import special
 
 from claims import model_stages as ms
-from claims import verdicts
+from claims import sample_pool, verdicts
 from claims.claim import Claim, Measured
 from claims.trial import Trial
 from rlhf_jax import diagnostics
@@ -27,15 +27,8 @@ ELO = 400 / np.log(10)
 def measure(trial: Trial) -> Measured:
     """Samples two pools of answers; returns the gold utility of the best of each k of either pool."""
     recipe, largest = ms.Recipe(trial), SIZES[-1]
-    pool = trial.result(
-        ms.answer_often,
-        recipe.start,
-        recipe.start,
-        recipe.reward,
-        prompts=16 if trial.quick else 256,
-        samples=2 * largest,
-    ).value
-    score_PK, gold_PK = pool["score"], pool["gold"]
+    pool = sample_pool.pool(trial, recipe)
+    score_PK, gold_PK = trial.result(sample_pool.score, recipe.reward, pool).value, pool.value["gold"]
     halves = {"first": slice(largest), "second": slice(largest, None)}
     return {
         f"best of {k}": {"gold": float(np.mean(diagnostics.best_of_n_mean(score_PK, gold_PK, [k])))}

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from claims import model_stages as ms
-from claims import trajectories, verdicts
+from claims import sample_pool, trajectories, verdicts
 from claims.claim import Claim, Measured
 from claims.trial import Trial
 from rlhf_jax import diagnostics
@@ -28,18 +28,12 @@ FEWEST = 4
 def measure(trial: Trial) -> Measured:
     """Returns the KL and the gain in gold utility of best of n and in the course of RL without a KL penalty."""
     recipe, at = ms.Recipe(trial), trajectories.iterations(trial)
-    pool = trial.result(
-        ms.answer_often,
-        recipe.start,
-        recipe.start,
-        recipe.reward,
-        prompts=16 if trial.quick else 256,
-        samples=SIZES[-1],
-    ).value
+    pool = sample_pool.pool(trial, recipe)
+    scores_PN = trial.result(sample_pool.score, recipe.reward, pool).value
     run = trial.result(trajectories.follow, recipe.start, recipe.reward, at=at, kl_coef=0.0)
     means = trajectories.means(run.value)
     return {
-        "best of n": best_of_n(pool["score"], pool["gold"]),
+        "best of n": best_of_n(scores_PN, pool.value["gold"]),
         "reinforcement learning": {
             "kl": np.maximum(means["kl"][1:], 1e-6),
             "gain": means["gold"][1:] - means["gold"][0],
@@ -48,8 +42,7 @@ def measure(trial: Trial) -> Measured:
 
 
 def best_of_n(score_PN: np.ndarray, gold_PN: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns the KL and the gain in gold utility for each of `SIZES`. Equal answers may differ in rounding."""
-    score_PN = np.round(score_PN, 4)
+    """Returns the KL and the gain in gold utility for each of `SIZES`."""
     gain_M = diagnostics.best_of_n_mean(score_PN, gold_PN, SIZES).mean(axis=0) - np.mean(gold_PN, dtype=np.float64)
     kl_M = np.mean([diagnostics.best_of_n_kl_estimate(score_N, SIZES) for score_N in score_PN], axis=0)
     return {"kl": kl_M, "gain": gain_M}

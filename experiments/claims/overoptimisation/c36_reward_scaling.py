@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from claims import model_stages as ms
-from claims import reward_fits, reward_sizes, verdicts
+from claims import reward_fits, reward_sizes, sample_pool, verdicts
 from claims.claim import Claim, Measured
 from claims.trial import Trial
 from rlhf_jax import diagnostics, types
@@ -30,7 +30,7 @@ def measure(trial: Trial) -> Measured:
     pool, curves = reward_sizes.measure_sizes(trial)
     for name, epochs in QUARTER.items():
         reward = trial.result(train_on_quarter, recipe.start, recipe.compared, epochs=epochs)
-        scores_PN = trial.result(reward_sizes.score, reward, pool).value
+        scores_PN = trial.result(sample_pool.score, reward, pool, samples=reward_sizes.NS[-1]).value
         curves[name] = reward_sizes.curve(scores_PN, pool.value["gold"])
     return curves
 
@@ -55,11 +55,11 @@ def decide(measured_S: Sequence[Measured]) -> list[verdicts.Part]:
     return [
         verdicts.below(
             "beta of best of n, per doubling of the reward model",
-            np.polyfit([reward_sizes.LOG_SIZES[size] for size in sizes], betas_SA.T, 1)[0],
+            np.polyfit([ms.LOG_SIZES[size] for size in sizes], betas_SA.T, 1)[0],
         ),
         verdicts.above(
             "gold gain of the best of 64, four times the data − four epochs",
-            last_S[reward_sizes.LARGEST] - last_S["a quarter, four epochs"],
+            last_S[ms.LARGEST] - last_S["a quarter, four epochs"],
         ),
     ]
 

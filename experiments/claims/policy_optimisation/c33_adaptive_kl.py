@@ -18,11 +18,11 @@ from claims.claim import Claim, Measured
 from claims.trial import Trial
 from rlhf_jax.report import plots
 
-TARGET = 6.0
+TARGET = 2.5
 """Target KL in nats, near the KL that the fixed coefficient reaches."""
 GAIN = 0.5
 """Change of the coefficient per iteration for an error of 100 %. Errors are clipped to 20 %."""
-ARMS = {"fixed": {"kl_coef": 0.035}, "adaptive": {"kl_coef": 0.05, "kl_target": TARGET, "kl_gain": GAIN}}
+ARMS = {"fixed": {"kl_coef": 0.055}, "adaptive": {"kl_coef": 0.12, "kl_target": TARGET, "kl_gain": GAIN}}
 """The adaptive coefficient falls while the KL is still small, so it starts above the fixed one."""
 PARTS = ("first half", "second half")
 
