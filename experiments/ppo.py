@@ -130,7 +130,7 @@ def _prepare(resolved: PPOSettings, mesh: Any, counts: errors.DropCount) -> stag
                 f"{resolved.policy}; give a model of the same size and family"
             )
         reference = other.params
-    prompts = policy_data.read_prompts(
+    prompts, note = policy_data.read_prompts(
         policy, resolved.prompts, width=resolved.prompt_width, max_new_tokens=resolved.max_new_tokens, counts=counts
     )
     width = prompts.tokens_BP.shape[1] + resolved.max_new_tokens
@@ -143,7 +143,8 @@ def _prepare(resolved: PPOSettings, mesh: Any, counts: errors.DropCount) -> stag
             )
     ptx = None if resolved.ptx is None else policy_data.read_ptx(policy.fmt, resolved.ptx, width=width)
     inputs = Inputs(policy, reference, found, critic, prompts, ptx)
-    return stage_run.Prepared(policy, inputs, {"prompts": len(prompts)}, _stages(resolved, len(prompts)))
+    notes = [] if note is None else [note]
+    return stage_run.Prepared(policy, inputs, {"prompts": len(prompts)}, _stages(resolved, len(prompts)), notes=notes)
 
 
 @contextlib.contextmanager
@@ -240,6 +241,7 @@ def _train(
             scorer,
             held_out if len(held_out) else train,
             every=settings.show_every,
+            last=method.iterations,
             key=jax.random.fold_in(key, 5),
             policy_of=lambda params: start.join(inputs.reference, params["policy"]),
             frozen=frozen,

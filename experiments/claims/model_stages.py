@@ -52,7 +52,11 @@ def compare(trial: Trial, sft: types.Params, start: types.Params) -> tuple[types
     return comparison_data.sample_and_rank(trial, [sft, start], "comparisons")
 
 
-PARTS = {"first half": slice(0, None, 2), "second half": slice(1, None, 2), "a quarter": slice(0, None, 4)}
+PARTS = {
+    "first half": slice(0, None, 2),
+    "second half": slice(1, None, 2),
+    **{f"quarter {i + 1}": slice(i, None, 4) for i in range(4)},
+}
 """Parts of the comparisons."""
 
 

@@ -193,17 +193,20 @@ def _holding_99(lengths_N: np.ndarray) -> int:
 
 def cut_warnings(lengths: tuple[np.ndarray, np.ndarray], widths: tuple[int, int]) -> list[str]:
     """Returns warnings that more than a tenth of the prompts or of the answers exceed their width."""
-    notes = []
-    for name, flag, lengths_N, width in zip(
-        ("prompts", "answers"), ("--data.prompt-width", "--data.response-width"), lengths, widths
-    ):
-        cut = int((lengths_N > width).sum())
-        if cut > 0.1 * len(lengths_N):
-            notes.append(
-                f"a width of {width} tokens cuts {cut} of {errors.counted(len(lengths_N), name)} "
-                f"({cut / len(lengths_N):.0%}); {flag} {_holding_99(lengths_N)} would hold 99 % of them"
-            )
-    return notes
+    flags = ("--data.prompt-width", "--data.response-width")
+    found = map(cut_warning, ("prompts", "answers"), flags, lengths, widths)
+    return [text for text in found if text]
+
+
+def cut_warning(name: str, flag: str, lengths_N: np.ndarray, width: int) -> str | None:
+    """Returns a warning if more than a tenth of some texts exceed a width."""
+    long = int((lengths_N > width).sum())
+    if long <= 0.1 * len(lengths_N):
+        return None
+    return (
+        f"{long} of {errors.counted(len(lengths_N), name)} ({long / len(lengths_N):.0%}) exceed the width of {width} "
+        f"tokens and are shortened or dropped; {flag} {_holding_99(lengths_N)} would hold 99 % of them"
+    )
 
 
 def packed_batches(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from launch import initial_model
 from launch.run_settings import SettingError
 from recipe import human_comparisons, tasks
 
-from finetune import answers, demonstrations
+from finetune import answers, comparisons, demonstrations
 from rlhf_jax.data import batching, chat, errors, packing, padding, plain_text, readers, records, sources
 from rlhf_jax.types import TokenBatch
 
@@ -47,8 +48,8 @@ def read_prompts(
     width: int | None,
     max_new_tokens: int,
     counts: errors.DropCount,
-) -> Prompts:
-    """Reads and encodes the prompts of a file.
+) -> tuple[Prompts, str | None]:
+    """Reads and encodes the prompts of a file, and returns them with a warning if many exceed ``width``.
 
     Prompts with equal tokens but different columns, which a reward function gets, differ in the id in their first
     column, which is padding and thus has no effect. All but the first of them are dropped only if the model's maximum
@@ -66,18 +67,15 @@ def read_prompts(
         DataError: Too many prompts are unusable, or none is left.
     """
     found, _ = readers.read_prompts(path, counts=counts)
-    fitting = errors.DropCount(max_dropped=1.0)
-    encoded = answers.encode_prompts(
-        model, found, width=width, max_new_tokens=max_new_tokens, counts=fitting, flag="--policy"
-    )
+    limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "flag": "--policy"}
+    encoded = answers.encode_prompts(model, found, width=None, counts=errors.DropCount(max_dropped=1.0), **limits)
+    lengths_N = np.array([len(ids) for ids in encoded.ids])
+    note = None if width is None else comparisons.cut_warning("prompts", "--prompt-width", lengths_N, width)
     if width is None:
-        lengths = [len(ids) for ids in encoded.ids]
         limit = model.cfg.max_length - max_new_tokens
-        width = min(limit, -(-int(np.quantile(lengths, 0.99, method="higher")) // 8) * 8)
-        fitting = errors.DropCount(max_dropped=1.0)
-        encoded = answers.encode_prompts(
-            model, found, width=width, max_new_tokens=max_new_tokens, counts=fitting, flag="--policy"
-        )
+        width = min(limit, -(-int(np.quantile(lengths_N, 0.99, method="higher")) // 8) * 8)
+    fitting = errors.DropCount(max_dropped=1.0)
+    encoded = answers.encode_prompts(model, found, width=width, counts=fitting, **limits)
     number_N = _numbers(encoded)
     length_N = np.array([len(ids) for ids in encoded.ids])
     if ((number_N > 0) & (length_N == width)).any() and width + max_new_tokens < model.cfg.max_length:
@@ -90,7 +88,7 @@ def read_prompts(
     chosen = [encoded.records[i] for i in kept]
     tokens_BP, mask_BP = padding.pad_prompts([encoded.ids[i] for i in kept], width=width, pad_id=model.fmt.pad_id)
     tokens_BP[:, 0] = np.where(mask_BP[:, 0], tokens_BP[:, 0], number_N[kept])
-    return Prompts(tokens_BP, mask_BP, chosen, human_comparisons.conversation_ids(chosen))
+    return Prompts(tokens_BP, mask_BP, chosen, human_comparisons.conversation_ids(chosen)), note
 
 
 def _numbers(encoded: answers.Prompts) -> np.ndarray:

@@ -148,6 +148,7 @@ def make_show(
     prompts: Prompts,
     *,
     every: int,
+    last: int,
     key: jax.Array,
     policy_of: Callable[[Any], Any],
     frozen: ppo.Frozen,
@@ -163,6 +164,7 @@ def make_show(
         scorer: The rewards.
         prompts: The prompts, of which the first ones are answered.
         every: Number of iterations between answers.
+        last: The last iteration, after which answers are shown too.
         key: Random key.
         policy_of: Returns the parameters of the policy from those of the state.
         frozen: The reference and the reward models.
@@ -176,7 +178,7 @@ def make_show(
         if first:
             _keep_before(path, done)
         first = False
-        if done % every:
+        if done % every and done != last:
             return
         reference = frozen.reference if state.reference is None else state.reference
         policy = policy_of(state.params)

@@ -70,16 +70,17 @@ class Training:
     max_new_tokens: int = 128
     """Maximum number of tokens in an answer."""
     prompt_width: int | None = None
-    """Maximum number of tokens in a prompt. Longer prompts lose their oldest turns and are counted. None uses the width
-    that holds 99 % of the prompts, at most the model's maximum length without --max-new-tokens."""
+    """Maximum number of tokens in a prompt. Longer prompts lose their oldest turns or, with a single turn, are dropped;
+    both are counted. None uses the width that holds 99 % of the prompts, at most the model's maximum length without
+    --max-new-tokens."""
     max_dropped: float = 0.01
     """Maximum share of unusable prompts. A file with a larger share is refused."""
     held_out: float = 0.1
     """Share of the prompts, at most 256 prompts, held out to evaluate the policy before and after training. 0 holds out
     none."""
     show_every: int = 5
-    """Number of iterations between answers to two fixed prompts, which are printed and saved in samples.jsonl. 0 shows
-    none."""
+    """Number of iterations between answers to two fixed prompts, which are printed and saved in samples.jsonl. Those of
+    the last iteration are shown too. 0 shows none."""
     stop_at_kl: float | None = None
     """KL from the reference, in nats per answer. If an iteration exceeds it, training ends, and the policy is evaluated
     and saved."""

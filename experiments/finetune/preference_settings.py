@@ -26,8 +26,9 @@ class Comparisons:
     """Share of the comparisons held out to measure accuracy. Comparisons with the same system text and first question
     are held out together."""
     prompt_width: int | None = None
-    """Maximum number of tokens in a prompt. Longer prompts lose their oldest turns. None uses the width that holds 99 %
-    of the prompts, at most what the model's maximum length leaves for them."""
+    """Maximum number of tokens in a prompt. Longer prompts lose their oldest turns or, with a single turn, are dropped;
+    both are counted. None uses the width that holds 99 % of the prompts, at most what the model's maximum length leaves
+    for them."""
     response_width: int | None = None
     """Maximum number of tokens in an answer. Longer answers are truncated and lose their stop token. None uses the
     width that holds 99 % of the answers, at most what the model's maximum length leaves for them."""

@@ -24,8 +24,8 @@ class Sampling:
     max_new_tokens: int = 256
     """Maximum number of tokens in an answer."""
     prompt_width: int | None = None
-    """Maximum number of tokens in a prompt. Longer prompts lose their oldest turns and are counted. None shortens only
-    prompts that exceed the model's maximum length without --max-new-tokens."""
+    """Maximum number of tokens in a prompt. Longer prompts lose their oldest turns or, with a single turn, are dropped;
+    both are counted. None shortens only prompts that exceed the model's maximum length without --max-new-tokens."""
     batch: int = 16
     """Number of answers that are decoded together."""
     limit: int | None = None

@@ -112,21 +112,34 @@ _STOPPED = (loop.Preempted, _StoppedError, KeyboardInterrupt)
 def _stop_on_signals() -> Iterator[None]:
     """Raises `_StoppedError` on SIGTERM and Ctrl-C; within a stage, `loop.fit` instead finishes the step and saves.
 
-    After the first signal, SIGTERM is ignored, so that it does not interrupt the clean-up; another Ctrl-C does.
+    After the first signal, SIGTERM is ignored, so that it does not interrupt the clean-up; another Ctrl-C does. Python
+    ignores an exception that a signal raises in a destructor or in a callback of the garbage collector. It is then
+    raised again a moment later.
     """
 
     def stop(number: int, frame: Any) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        raise _StoppedError("stopped between two training stages")
+        raise _StoppedError("stopped")
+
+    def raise_later(ignored: Any) -> None:
+        def again(number: int, frame: Any) -> None:
+            raise ignored.exc_type(*ignored.exc_value.args)
+
+        if not isinstance(ignored.exc_value, (_StoppedError, KeyboardInterrupt)):
+            return hook(ignored)
+        signal.signal(signal.SIGALRM, again)
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    hook, sys.unraisablehook = sys.unraisablehook, raise_later
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number, handler in previous.items():
             early = handler is None or handler is process_setup.stop_early
             signal.signal(number, signal.SIG_DFL if early else handler)

@@ -31,7 +31,8 @@ class Data:
     vocab_size: int = 1024
     """Vocabulary size of the byte-level BPE tokenizer trained on the file. Has no effect with --model."""
     prompt_width: int = 128
-    """Maximum number of tokens in a prompt. Longer prompts lose their oldest turns and are reported."""
+    """Maximum number of tokens in a prompt. Longer prompts lose their oldest turns or, with a single turn, are
+    dropped; both are reported."""
     response_width: int = 64
     """Maximum number of tokens in an answer. Longer answers are truncated, lose their stop token and are reported."""
     held_out: float = 0.1

@@ -331,8 +331,8 @@ class StageProgress:
             stage: Name of the stage.
             done: Number of completed steps, including those of an earlier run.
             total: Number of steps of the whole stage.
-            metrics: Numbers by name; the first four are shown. An empty dict before the first step means that an
-                earlier run completed the ``done`` steps.
+            metrics: Numbers by name; four of them are shown, as in `metrics_text`. An empty dict before the first step
+                means that an earlier run completed the ``done`` steps.
 
         Raises:
             ValueError: If the stage is unknown.
@@ -343,6 +343,8 @@ class StageProgress:
         assert self._stage is not None
         current, now = self._stage, self._clock()
         if metrics is not None and not metrics and not current.reports:
+            if 0 < done < total and done != current.resumed_at:
+                self._print(f"{self._heading(stage)}: resumed after {done}")
             self._stage = current._replace(done=done, total=total, resumed_at=done)
             return
         reports = (*current.reports, (done, now))[:2]
@@ -438,11 +440,15 @@ class StageProgress:
         return Group(line, Text(self._metrics, style="dim", no_wrap=True, overflow="ellipsis"))
 
 
+_FIRST = ("reward", "kl", "length", "stopped", "loss", "margin", "accuracy", "learning_rate")
+"""Metrics that the progress shows before others."""
+
+
 def metrics_text(metrics: Mapping[str, Any], *, most: int = 4) -> str:
-    """Formats the first ``most`` numbers of a metrics record in one line."""
+    """Formats ``most`` numbers of a metrics record in one line: reward, KL and losses first, then others in order."""
     parts = []
-    for name, metric in metrics.items():
-        interval = results_lib.interval(metric)
+    for name in (*(first for first in _FIRST if first in metrics), *(each for each in metrics if each not in _FIRST)):
+        interval = results_lib.interval(metrics[name])
         if interval is not None and name not in ("stage", "step"):
             parts.append(f"{name.replace('_', ' ')} {interval.mean:.4g}")
     return " · ".join(parts[:most])

@@ -216,7 +216,7 @@ def test_equal_prompts_are_kept_with_the_columns_of_each(files, tmp_path):
     def read(width, max_new_tokens=4):
         counts = errors.DropCount()
         options = {"width": width, "max_new_tokens": max_new_tokens, "counts": counts}
-        return policy_data.read_prompts(model, str(path), **options), counts.dropped
+        return policy_data.read_prompts(model, str(path), **options)[0], counts.dropped
 
     found, dropped = read(11)
     assert [record.metadata["number"] for record in found.records] == [1, 1, 2, 4, 5, 6]

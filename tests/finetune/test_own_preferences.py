@@ -250,7 +250,8 @@ def test_widths_hold_99_percent_within_the_length_of_the_model():
         chosen_widths(200, prompt_width=150, response_width=64)
     assert comparisons.cut_warnings(LENGTHS, (32, 320)) == []
     assert comparisons.cut_warnings(LENGTHS, (32, 64)) == [
-        "a width of 64 tokens cuts 100 of 100 answers (100%); --data.response-width 320 would hold 99 % of them"
+        "100 of 100 answers (100%) exceed the width of 64 tokens and are shortened or dropped; "
+        "--data.response-width 320 would hold 99 % of them"
     ]
 
 

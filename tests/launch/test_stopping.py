@@ -6,6 +6,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import time
 
 import launch
 import pytest
@@ -35,11 +36,34 @@ def test_signal_between_stages_ends_the_command_with_one_line(number, tmp_path, 
         signal.raise_signal(number)
 
     config = '{"command": "sft", "version": 4}'
-    assert stopped(run, capsys) == f"stopped between two training stages; continue with --resume {tmp_path}"
+    assert stopped(run, capsys) == f"stopped; continue with --resume {tmp_path}"
     config = "{}"  # of a command that cannot be resumed
     assert stopped(run, capsys) == "stopped; start it again"
     assert folder_lock.held() is None
     assert "before the run began" in stopped(lambda settings: signal.raise_signal(number), capsys)
+
+
+class StopsWhenDeleted:
+    """Python ignores the exception that a signal raises in a destructor."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __del__(self):
+        signal.raise_signal(self.number)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_in_a_destructor_is_not_lost(number, capsys):
+    def run(settings):
+        StopsWhenDeleted(number)
+        for _ in range(500):
+            time.sleep(0.01)
+        raise AssertionError("the command went on")
+
+    hook = sys.unraisablehook
+    assert stopped(run, capsys).startswith("stopped before the run began; ")
+    assert sys.unraisablehook is hook
 
 
 def test_later_signals_do_not_prevent_the_line(capsys):

@@ -254,6 +254,31 @@ def test_unknown_and_duplicate_stages_are_errors():
         plain_progress([("sft", -1)])
 
 
+def test_reward_kl_and_losses_are_shown_before_other_metrics():
+    metrics = {
+        "approx_kl": 1.0,
+        "clip_fraction": 2.0,
+        "entropy": 3.0,
+        "kl": 4.0,
+        "length": 5.0,
+        "reward": 6.0,
+        "step": 7,
+    }
+    assert console.metrics_text(metrics) == "reward 6 · kl 4 · length 5 · approx kl 1"
+    metrics = {"accuracy": 1.0, "chosen_logprob": 2.0, "grad_norm": 3.0, "loss": 4.0, "margin": 5.0}
+    assert console.metrics_text(metrics) == "loss 4 · margin 5 · accuracy 1 · chosen logprob 2"
+
+
+def test_progress_says_where_a_resumed_stage_continues():
+    progress, _, file = plain_progress([("sft", 10)])
+    with progress:
+        progress.start("sft", 10)
+        progress.update("sft", 4, 10, {})
+        progress.update("sft", 10, 10, {"loss": 1.0})
+        progress.finish("sft")
+    assert "stage 1/1 SFT: resumed after 4" in file.getvalue().splitlines()
+
+
 def test_metrics_are_read_only_when_they_are_shown():
     class Unreadable(dict):
         def items(self):

@@ -3,8 +3,8 @@
 A small and a large model are compared as base models, as base models with a prompt, and after SFT, PPO and PPO-ptx. A
 prompt writes the question in the form of the questions and answers in the pretraining corpus; without it, the base
 model sees role tokens that the corpus does not contain. Each answer is compared with that of the large SFT model by
-gold utility. The win rate must rise from base to prompted to SFT to PPO, and the small PPO model must beat the large
-base model with a prompt.
+gold utility. The win rate of the large model must rise from base to prompted to SFT to PPO, and the small PPO model
+must beat the large base model with a prompt. The order of the small models is drawn and not tested.
 """
 
 from __future__ import annotations
@@ -73,16 +73,11 @@ def wins(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> float:
 
 
 def decide(measured_S: Sequence[Measured]) -> list[verdicts.Part]:
-    """Compares the win rates against the large SFT model, averaged over both sizes, and the two models of last."""
-    rate_S = {
-        arm: np.array(
-            [np.mean([wins(each[f"{size} {arm}"], each["large sft"]) for size in SIZES]) for each in measured_S]
-        )
-        for arm in ARMS
-    }
+    """Compares the win rates of the large models against SFT, and the small PPO model with the large prompted one."""
+    rate_S = {arm: np.array([wins(each[f"large {arm}"], each["large sft"]) for each in measured_S]) for arm in ARMS}
     small_S = [wins(each["small ppo"], each["large prompted"]) for each in measured_S]
     return [
-        verdicts.above("win rate against large SFT, prompted − base", rate_S["prompted"] - rate_S["base"]),
+        verdicts.above("win rate of the large model against SFT, prompted − base", rate_S["prompted"] - rate_S["base"]),
         verdicts.above("the same, SFT − prompted", rate_S["sft"] - rate_S["prompted"]),
         verdicts.above("the same, PPO − SFT", rate_S["ppo"] - rate_S["sft"]),
         verdicts.between("the same, PPO-ptx − PPO", rate_S["ppo_ptx"] - rate_S["ppo"], -TOLERANCE, TOLERANCE),

@@ -1,7 +1,7 @@
 """C16: the reward is about linear in the square root of the KL, with one slope for all sizes (Bai et al. 2022, 4.3).
 
 Policies of three sizes are trained without a KL penalty against one reward model. The gain in score is regressed on the
-square root of the KL and on the KL itself, in the course of training.
+square root of the KL and on the KL itself, in the course of training, as far as all three sizes reach.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ def decide(measured_S: Sequence[Measured]) -> list[verdicts.Part]:
     """Compares the two regressions, and the slopes between the sizes."""
     better_S, spread_S = [], []
     for measured in measured_S:
-        lines = [line(trajectories.root(run["kl"]), run["gain"]) for run in measured.values()]
-        others = [line(run["kl"], run["gain"]) for run in measured.values()]
+        runs = common(list(measured.values()))
+        lines = [line(trajectories.root(run["kl"]), run["gain"]) for run in runs]
+        others = [line(run["kl"], run["gain"]) for run in runs]
         slopes = np.array([slope for slope, _ in lines])
         better_S.append(np.mean([first[1] - second[1] for first, second in zip(lines, others, strict=True)]))
         spread_S.append(np.ptp(slopes) / np.abs(np.mean(slopes)))
@@ -44,6 +45,12 @@ def decide(measured_S: Sequence[Measured]) -> list[verdicts.Part]:
         verdicts.above("share of variance explained by the square root of the KL − by the KL", better_S),
         verdicts.below("largest − smallest slope of the three sizes / mean", spread_S, 0.25),
     ]
+
+
+def common(runs: Sequence[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
+    """Returns the checkpoints of each run whose KL is at most the largest that all runs reach."""
+    most = min(run["kl"].max() for run in runs)
+    return [{name: values_C[run["kl"] <= most] for name, values_C in run.items()} for run in runs]
 
 
 def line(x_C: np.ndarray, y_C: np.ndarray) -> tuple[float, float]:

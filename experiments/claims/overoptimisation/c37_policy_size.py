@@ -27,7 +27,7 @@ NS = (1, 2, 4, 8, 16, 32, 64, 128)
 def measure(trial: Trial) -> Measured:
     """Returns KL, score and gold utility of RL and of best of n for both sizes."""
     recipe, at, measured = ms.Recipe(trial), trajectories.iterations(trial), {}
-    weak = trial.result(ms.train_reward_model, recipe.start, recipe.compared, part="a quarter")
+    weak = trial.result(ms.train_reward_model, recipe.start, recipe.compared, part="quarter 1")
     for name, size in SIZES.items():
         start, sized = recipe.start_of(size), {} if size == ms.LARGEST else {"size": size}
         run = trial.result(trajectories.follow, start, weak, at=at, kl_coef=0.0, **sized)
