@@ -22,7 +22,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "sft": {"demonstrations": 3000},
     "comparisons": {"prompts": 1000},
     "ppo": {"iterations": 24, "batch": 128, "minibatches": 2, "ema": 0.0},
-    "evaluation": {"prompts": 512, "skills": 400, "pretraining_rows": 128},
+    "evaluation": {"prompts": 512, "skills": 1200, "pretraining_rows": 128},
 }
 """Settings of the claims that differ from the defaults of instructgpt.py."""
 QUICK: dict[str, dict[str, Any]] = {

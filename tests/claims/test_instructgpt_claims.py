@@ -53,12 +53,12 @@ def labeler_groups(rng, effect):
 
 
 def ptx_versus_kl(rng, effect):
-    arms = {"start": (0.4, 0.6), "ppo": (0.4 - 0.1 * effect, 0.7)}
-    arms |= {f"ptx {c:g}": (0.4 + 0.1 * effect, 0.7 if effect > 0 else 0.6) for c in c08_ptx_versus_kl.PTX}
-    arms |= {f"kl {c:g}": (0.4 - 0.1 * effect, 0.68) for c in c08_ptx_versus_kl.KL}
+    arms = {"start": (1.0, 0.6), "ppo": (1.0 + 0.1 * effect, 0.7)}
+    arms |= {f"ptx {c:g}": (1.0 - 0.1 * effect, 0.7 if effect > 0 else 0.6) for c in c08_ptx_versus_kl.PTX}
+    arms |= {f"kl {c:g}": (1.0 + 0.1 * effect, 0.68) for c in c08_ptx_versus_kl.KL}
     return {
-        name: {"skills": skills + 0.01 * rng.normal(), "gold": gold + 0.005 * rng.normal()}
-        for name, (skills, gold) in arms.items()
+        name: {"loss": loss + 0.01 * rng.normal(), "gold": gold + 0.005 * rng.normal()}
+        for name, (loss, gold) in arms.items()
     }
 
 
