@@ -121,7 +121,11 @@ def _prepare(settings: SFTSettings, mesh: Any, counts: errors.DropCount) -> stag
     return stage_run.Prepared(
         model,
         inputs=(train, held_out, rows),
-        sizes={"tokens per row": width, "conversations": len(train.ids) + len(held_out.ids)},
+        sizes={
+            "training conversations": len(train.ids),
+            "held-out conversations": len(held_out.ids),
+            "tokens per row": width,
+        },
         stages=[("sft", 3.0 * trained), ("evaluate", 2.0 * len(held_out.ids))],  # in forward passes of a row
         remark="the file has comparisons; their preferred answers are the demonstrations" if preferred else "",
     )

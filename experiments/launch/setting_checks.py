@@ -175,7 +175,10 @@ def refuse_changed(settings: Any, default: Any, unused: Unused) -> None:
         for full in itertools.chain.from_iterable(field_names(value_of(settings, name), name) for name in names):
             if value_of(settings, full) != value_of(default, full):
                 advice = "" if "; " in why else "; leave it out"
-                raise SettingError(f"{flag_name(full)} has no effect {why}{advice}")
+                group, _, last = full.rpartition(".")
+                off = value_of(settings, full) is False  # as it is typed, such as --ppo.no-whiten
+                shown = f"{group}{'.' * bool(group)}no_{last}" if off else full
+                raise SettingError(f"{flag_name(shown)} has no effect {why}{advice}")
 
 
 def field_names(value: Any, prefix: str = "") -> list[str]:

@@ -231,6 +231,9 @@ def test_a_reward_function_is_loaded_from_a_module_or_a_file(tmp_path, monkeypat
         "def one(prompts, responses):\n    return 1.0\n"
         "def bad(prompts, responses):\n    return [float('nan') for _ in prompts]\n"
         "def column(prompts, responses, *, records):\n    return [each['weight'] for each in records]\n"
+        "def nothing(prompts, responses):\n    return [None for _ in prompts]\n"
+        "def leave(prompts, responses):\n    import sys\n    sys.exit(3)\n"
+        "def alone(prompts):\n    return [0.0 for _ in prompts]\n"
     )
     monkeypatch.chdir(tmp_path)
     prompt = [{"role": "user", "content": "tea"}]
@@ -240,8 +243,18 @@ def test_a_reward_function_is_loaded_from_a_module_or_a_file(tmp_path, monkeypat
     with_records = reward_functions.load("own_rewards:column")([prompt], ["a"], [{"weight": 7}])
     np.testing.assert_array_equal(with_records, [7])
     error = run_folder.SettingError
-    with pytest.raises(error, match=r"failed on 1 answer: KeyError: 'weight' \(.*own_rewards.py, line 8: "):
+    with pytest.raises(error, match=r"failed on 1 answer: KeyError: 'weight' \(.*own_rewards.py, line 8: .*no other"):
         reward_functions.load("own_rewards:column")([prompt], ["a"], [{}])
+    with pytest.raises(error, match=r"KeyError: 'weight' \(.*\); the columns of the prompts are 'height', 'mass'$"):
+        reward_functions.load("own_rewards:column")([prompt], ["a"], [{"mass": 1, "height": 2}])
+    with pytest.raises(error, match="returned None for answer 0; it must"):
+        reward_functions.load("own_rewards:nothing")([prompt], ["a"], [{}])
+    with pytest.raises(error, match=r"failed on 1 answer: SystemExit: 3 \(.*own_rewards.py, line 13: "):
+        reward_functions.load("own_rewards:leave")([prompt], ["a"], [{}])
+    with pytest.raises(
+        error, match=r"called with \(prompts, answers\), .* and with records and tokens if it has such "
+    ):
+        reward_functions.RewardFunction("own_rewards:alone")
     with pytest.raises(error, match=r"returned 1\.0 for 2 answers; it must return one finite number for each answer$"):
         reward_functions.load("own_rewards:one")([prompt] * 2, ["a", "b"], [{}] * 2)
     with pytest.raises(error, match="returned nan for the answer 'a'"):
@@ -254,6 +267,21 @@ def test_a_reward_function_is_loaded_from_a_module_or_a_file(tmp_path, monkeypat
     ):
         with pytest.raises(run_folder.SettingError, match=message):
             reward_functions.load(text, flag="--reward")
+
+
+def test_columns_that_only_the_functions_read_are_not_called_unused(tmp_path):
+    (tmp_path / "f.py").write_text("def plain(p, a):\n    return a\ndef reads(p, a, records):\n    return a\n")
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "tea", "solution": "milk tea", "notes": ["salt and rice"]}\n')
+    for kind in (reward_functions.load, reward_functions.RewardFunction):
+        plain, reads = (kind(f"{tmp_path / 'f.py'}:{name}") for name in ("plain", "reads"))
+        for functions, remark, left in (
+            ([plain], "", {"solution": 1, "notes": 1}),
+            ([plain, reads], "kept for the reward functions, not shown to the model: 'solution'", {"notes": 1}),
+        ):
+            found, counts = readers.read_prompts(path)
+            assert reward_functions.note_of_read_columns(functions, counts, found) == remark
+            assert counts.unused == left
 
 
 NOT_CALLABLE = """

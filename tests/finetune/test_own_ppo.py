@@ -241,6 +241,15 @@ def test_equal_prompts_are_kept_with_the_columns_of_each(files, tmp_path):
     np.testing.assert_array_equal(rollout.tokens_BL[:, 12:], same.tokens_BL[:, 12:])
 
 
+def test_the_split_is_printed_and_too_few_training_prompts_are_a_warning(files, tmp_path, capsys):
+    ppo.run(settings(files, tmp_path / "run", "--held-out", 0.97, "--ppo.iterations", 1))
+    printed = " ".join(capsys.readouterr())
+    assert "data: 1 training prompt, 39 held-out prompts;" in printed
+    assert "39 of 40 prompts are held out, so the policy is trained on 1; lower --held-out" in printed
+    with pytest.raises(SettingError, match="--held-out is 0.99, which leaves none of 40 prompts to train on; lower it"):
+        ppo.run(settings(files, tmp_path / "none", "--held-out", 0.99))
+
+
 def test_rows_of_the_pretraining_loss(files, tmp_path):
     fmt = initial_model.load(files["policy"], flag="--policy").fmt
     demonstrations, text = tmp_path / "d.jsonl", tmp_path / "t.txt"
@@ -291,7 +300,7 @@ def test_models_with_other_tokens_are_refused(files, tmp_path):
     ("flags", "message"),
     [
         (("--reward-weights", 1, 2), "the number of --reward-weights is 2; it must be 1, the number of rewards"),
-        (("--no-normalise",), "--normalise has no effect without --reward-model"),
+        (("--no-normalise",), "--no-normalise has no effect without --reward-model"),
         (("--ppo.ptx-coef", 2), "--ppo.ptx-coef has no effect without --ptx"),
         (("--ppo.value-coef", 2), "--ppo.value-coef has no effect with a separate critic"),
         (("--ppo.method", "reinforce", "--critic", "new-head"), "--critic has no effect with --ppo.method reinforce"),
