@@ -82,8 +82,8 @@ def note_of_read_columns(functions: Iterable[Any], counts: errors.DropCount, pro
 class RewardFunction:
     """A function for RL, which returns a number for each answer, or for each of its tokens.
 
-    It gets the lists that `load` describes and, if it has a parameter ``tokens``, the tokens of each answer as texts, in
-    which a token that is only a part of a character is the replacement character.
+    It gets the lists that `load` describes and, if it has a parameter ``tokens``, the tokens of each answer as texts. A
+    token that is only a part of a character is the replacement character.
 
     Args:
         spec: MODULE:FUNCTION or FILE.py:FUNCTION.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import hashlib
-import json
 import pathlib
 import re
 from functools import partial
@@ -13,7 +12,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from launch import config_file, device_mesh
+from launch import config_file, device_mesh, setting_checks
 from launch.run_settings import SettingError, Template, TrainCompute, is_architecture
 from rlhf_jax import lm, parallel, types
 from rlhf_jax.data import chat, errors, tokenizers
@@ -168,15 +167,7 @@ def with_date(settings: S, model: InitialModel | None) -> S:
 
 def _options(template: Template) -> dict[str, Any]:
     """Returns the arguments of `chat.chat_format` for the settings of the template."""
-    try:
-        options = json.loads(template.options or "{}")
-    except ValueError:
-        options = None
-    if not isinstance(options, dict):
-        raise SettingError(
-            f"--template.options is {template.options!r}; it must be a JSON object, such as "
-            """'{"enable_thinking": false}'"""
-        )
+    options = setting_checks.template_options(template.options)
     try:
         date = None if template.date is None else datetime.date.fromisoformat(template.date)
     except ValueError as error:

@@ -5,9 +5,17 @@ import pathlib
 import subprocess
 import sys
 
+import dpo
+import evaluate
+import instructgpt
 import launch
+import ppo
 import pytest
+import reward_model
+import sample
+import sft
 from finetune import demonstrations as demonstrations_lib
+from launch.run_settings import SettingError
 
 from rlhf_jax import lm
 from rlhf_jax.data import errors
@@ -22,6 +30,24 @@ def command(script: str, *arguments: object, status: int = 0) -> str:
     )
     assert done.returncode == status, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("text", ["{bad", "[1]", "3"])
+def test_broken_template_options_are_refused_before_anything_is_loaded(text):
+    for script, flags in (
+        (sft, "--model tiny --data.path F"),
+        (sft, "--model M --data.path F"),
+        (ppo, "--policy P --prompts F --reward f:g"),
+        (dpo, "--model M --data.path F"),
+        (reward_model, "--model M --data.path F --folds 5"),
+        (instructgpt, "--model M"),
+        (sample, "--model M --prompts F"),
+        (evaluate, "--policies A B --prompts F --reward f:g"),
+    ):
+        with pytest.raises(SettingError, match=r"--template\.options is .*; it must be a JSON object"):
+            script.parse([*flags.split(), "--template.options", text])
+    with pytest.raises(SettingError, match=r"--template\.options has no effect with --model tiny, whose chat template"):
+        sft.parse(["--model", "tiny", "--data.path", "F", "--template.options", '{"a": 1}'])
 
 
 @pytest.fixture(scope="session")
