@@ -109,6 +109,11 @@ def encode(
             kept.append((i, ids, learnt))
         else:
             stage.drop("prompt too long")
+    if (n := stage.dropped.get("prompt too long", 0)) > counts.max_dropped * len(found):
+        raise errors.DataError(
+            f"{n} of {errors.counted(len(found), 'conversations')} have no room for an answer in a width of {width} "
+            "tokens; raise --data.width"
+        )
     counts.add(stage, records=len(found), source="demonstrations")
     if not kept:
         raise errors.DataError(f"no demonstration is usable ({counts.report()})")

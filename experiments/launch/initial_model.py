@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import jax
 
 from launch import config_file, device_mesh, setting_checks
-from launch.run_settings import SettingError, Template, TrainCompute, is_architecture
+from launch.run_settings import ARCHITECTURES, SettingError, Template, TrainCompute, is_architecture
 from rlhf_jax import lm, parallel, types
 from rlhf_jax.data import chat, errors, tokenizers
 
@@ -134,7 +134,13 @@ def _saved_in_run(path: str, kind: str, flag: str) -> str:
                 f"{flag} {path} does not exist; if it is a model on the Hugging Face Hub, download it with "
                 f"`hf download {path} --local-dir {name}` and use {flag} {name}"
             )
-        return path
+        named = flag == "--model" and "/" not in path
+        names = f" or, for random weights, one of {', '.join(ARCHITECTURES)}" if named else ""
+        raise SettingError(f"{flag} {path} does not exist; give a folder{names}")
+    if folder.is_file():
+        raise SettingError(f"{flag} {path} is a file; give the folder of a model or of a run")
+    if command := config_file.tool(folder):
+        raise SettingError(f"cannot use {flag} {path}: it is a run of {command}.py, which has no model")
     if not (folder / config_file.NAME).is_file() or not config_file.is_run(folder):
         return path
     for name in _SAVED_AS[kind]:

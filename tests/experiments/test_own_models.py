@@ -68,6 +68,24 @@ def demonstrations(tmp_path_factory) -> pathlib.Path:
     return path
 
 
+def test_widths_and_shares_that_leave_nothing_are_named(demonstrations, tmp_path):
+    for flags, message in (
+        (
+            ("--data.width", 4),
+            "64 of 64 conversations have no room for an answer in a width of 4 tokens; raise --data.width",
+        ),
+        (
+            ("--data.held-out", 0.999),
+            "--data.held-out is 0.999, which leaves none of 64 conversations to train on; lower it",
+        ),
+    ):
+        given = ("--model", "tiny", "--data.path", demonstrations, "--data.vocab-size", 300, "--out", tmp_path / "run")
+        with pytest.raises((SettingError, errors.DataError)) as caught:
+            sft.run(sft.parse([str(each) for each in (*given, *flags)]))
+        assert str(caught.value) == message
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.fixture(scope="session")
 def sft_run(demonstrations, tmp_path_factory) -> pathlib.Path:
     out = tmp_path_factory.mktemp("sft") / "run"

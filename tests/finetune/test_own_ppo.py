@@ -139,6 +139,10 @@ def test_a_run_is_not_resumed_with_other_code_of_its_rewards(files, tmp_path, mo
             ppo.run(resumed)
         assert "\n" not in str(caught.value)
         (tmp_path / name).write_text(code)
+    (tmp_path / "a.py").unlink()
+    with pytest.raises(SettingError, match=r"a\.py does not exist; restore it or start a new run with --out"):
+        run_folder.check_inputs_unchanged(str(tmp_path / "run"), resumed)
+    (tmp_path / "a.py").write_text(code)
     shutil.copytree(files["reward"], tmp_path / "other")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     config["reward_model"] = [str(tmp_path / "other")]
@@ -292,6 +296,8 @@ def test_models_with_other_tokens_are_refused(files, tmp_path):
         ppo.run(settings(files, tmp_path / "run", "--reward-model", files["foreign"]))
     with pytest.raises(SettingError, match="not a reward model"):
         ppo.run(settings(files, tmp_path / "run", "--reward-model", files["policy"]))
+    with pytest.raises(errors.DataError, match=r"no prompt is left \(.*\); --prompt-width is 2: raise it"):
+        ppo.run(settings(files, tmp_path / "run", "--prompt-width", 2))
     with pytest.raises(SettingError, match="must be below 64"):
         ppo.run(settings(files, tmp_path / "run", "--max-new-tokens", 70))
 

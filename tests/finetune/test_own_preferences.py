@@ -294,7 +294,11 @@ def test_invalid_settings_are_refused_by_flag(script, flags, message):
             "--steps has no effect with --folds; leave out one",
         ),
         (dpo, "--model M --max_grad_norm 2", "--max-grad-norm needs --data.path; add it"),
-        (dpo, "--model M --data.path F --lora.rank 2 --rounds 2", "--lora.rank has no effect with --rounds; leave out one"),
+        (
+            dpo,
+            "--model M --data.path F --lora.rank 2 --rounds 2",
+            "--lora.rank has no effect with --rounds; leave out one",
+        ),
     ],
 )
 def test_flags_of_own_data_name_what_they_need(script, flags, message):
