@@ -115,7 +115,7 @@ def run(settings: EvaluateSettings) -> dict[str, Any]:
     path = run_folder.free_folder(settings.out, kind="evaluate")
     counts = errors.DropCount(max_dropped=settings.max_dropped, flag="--max-dropped")
     loaded = [reward_functions.load(text) for text in settings.reward]
-    remark = ""
+    remark, dtypes = "", dict[str, list[str]]()
     functions = dict(zip(compared_policies.names(settings.reward), loaded))
     for flag, paths, kind in (
         ("--policies", settings.policies, initial_model.LANGUAGE_MODEL),
@@ -123,7 +123,8 @@ def run(settings: EvaluateSettings) -> dict[str, Any]:
         ("--reward-model", settings.reward_model, initial_model.REWARD_MODEL),
     ):
         for each in paths:
-            initial_model.check(each, kind=kind, flag=flag)
+            cfg = initial_model.check(each, kind=kind, flag=flag)
+            dtypes.setdefault(settings.compute.dtype or cfg.dtype, []).append(each)
     names = compared_policies.names(settings.samples or settings.policies)
     sampled = settings.prompts is not None
     if sampled:
@@ -139,6 +140,9 @@ def run(settings: EvaluateSettings) -> dict[str, Any]:
     stages += [(f"judge {name}", 5.0) for name in (*models, *functions)]
     run_folder.create_folder(path, dataclasses.asdict(settings) | {"command": "evaluate"})
     run_setup.print_line(out, f"writing to {path}")
+    if dtypes:
+        parts = [f"{dtype} ({', '.join(paths)})" if len(dtypes) > 1 else dtype for dtype, paths in dtypes.items()]
+        run_setup.print_line(out, f"computing in {' and '.join(parts)}, with parameters in float32 (--compute.dtype)")
     notes: list[str] = []
     with console.StageProgress(stages, elapsed=time.time() - process_setup.START_TIME) as progress:
 

@@ -241,7 +241,12 @@ def _train(
 
     say = partial(job.progress.message, stage)
     watch = monitoring.watch(
-        job.log, stage, say, stop=settings.on_alarm == "stop", dtype=job.cfg.dtype, **_thresholds(method)
+        job.log,
+        stage,
+        lambda text: say(_with_flags(text)),
+        stop=settings.on_alarm == "stop",
+        dtype=job.cfg.dtype,
+        **_thresholds(method),
     )
     limit = _KLLimit(watch, settings.stop_at_kl)
     callbacks = []
@@ -282,6 +287,12 @@ def _train(
     if limit.reached:
         results["stopped_at_kl"] = settings.stop_at_kl
     return params, results | _evaluate(job, sampler, scorer, inputs, frozen, params, held_out)
+
+
+def _with_flags(alarm: str) -> str:
+    """Adds the flags of ppo.py that an alarm about unfinished answers describes."""
+    flags = " (flags: --max-new-tokens and --ppo.missing-stop-score)"
+    return alarm + flags if "lack a stop token" in alarm else alarm
 
 
 def _thresholds(method: Any) -> dict[str, float]:

@@ -144,7 +144,10 @@ def _train(
     params = start.merge(start.frozen, trained.params)
     job.progress.start("evaluate", 2)
     measure = _make_held_out_loss(job, token_logprobs, held_out, width=width, pad_id=prepared.model.fmt.pad_id)
-    losses = {"before": measure(initial), "after": measure(params)}
+    losses = {}
+    for number, (name, each) in enumerate((("before", initial), ("after", params))):
+        losses[name] = measure(each)
+        job.progress.update("evaluate", number + 1, 2)
     job.progress.finish("evaluate")
     per_step = rows.mask_BL.mean() * width * min(settings.batch, len(rows.mask_BL))
     results = {
@@ -172,7 +175,6 @@ def _make_held_out_loss(
     step = parallel.JitStep(sums, donate_argnums=(), mesh=job.mesh, batch_args=(1,), replicated_args=())
 
     def measure(params: types.Params) -> list[float] | None:
-        job.progress.update("evaluate", 1, 2)
         if not held_out.ids:
             return None
         rows = demonstrations.rows(held_out, width=width, pad_id=pad_id, packed=False)

@@ -76,8 +76,12 @@ def load(
     return _load(_saved_in_run(path, kind, flag), flag, mesh, template)
 
 
-def check(path: str, *, kind: str = LANGUAGE_MODEL, flag: str = "--model") -> None:
-    """Raises SettingError if a folder has no model of this kind, without reading any weights."""
+def check(path: str, *, kind: str = LANGUAGE_MODEL, flag: str = "--model") -> lm.LMConfig:
+    """Returns the configuration of a model, without reading any weights.
+
+    Raises:
+        SettingError: The folder has no model of this kind.
+    """
     folder = _saved_in_run(path, kind, flag)
     names = {each.name for each in pathlib.Path(folder).glob("*")}
     if "config.json" not in names and any(name.startswith("tokenizer") for name in names):
@@ -85,12 +89,13 @@ def check(path: str, *, kind: str = LANGUAGE_MODEL, flag: str = "--model") -> No
             f"cannot use {flag} {path}: it has a tokenizer but no model, which needs config.json and safetensors files"
         )
     try:
-        lm.load_config(folder)
+        cfg = lm.load_config(folder)
         found = REWARD_MODEL if lm.has_head(folder) else LANGUAGE_MODEL
     except (OSError, ValueError) as error:
         raise SettingError(f"cannot use {flag} {path}: {error}") from error
     if found != kind:
         raise SettingError(f"cannot use {flag} {path}: it is a {found}, not a {kind}")
+    return cfg
 
 
 def new_config(architecture: str, vocab_size: int) -> lm.LMConfig:

@@ -444,7 +444,7 @@ def metrics_text(metrics: Mapping[str, Any], *, most: int = 4) -> str:
     for name, metric in metrics.items():
         interval = results_lib.interval(metric)
         if interval is not None and name not in ("stage", "step"):
-            parts.append(f"{name.replace('_', ' ')} {interval.mean:.4g}")
+            parts.append(f"{name.replace('_', ' ')} {results_lib.number_text(interval.mean)}")
     return " · ".join(parts[:most])
 
 

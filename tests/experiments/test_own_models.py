@@ -15,6 +15,7 @@ import reward_model
 import sample
 import sft
 from finetune import demonstrations as demonstrations_lib
+from launch import run_folder
 from launch.run_settings import SettingError
 
 from rlhf_jax import lm
@@ -86,6 +87,25 @@ def test_widths_and_shares_that_leave_nothing_are_named(demonstrations, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+def test_resuming_with_other_settings_names_the_flags_that_differ(tmp_path):
+    run_folder.create(
+        tmp_path / "run", sft.parse(["--model", "tiny", "--data.path", "F", "--out", str(tmp_path / "run")])
+    )
+    resume = ["--resume", str(tmp_path / "run")]
+    assert sft.parse([*resume, "--mesh.data", "1"]).resume == resume[1]
+    start = f"--resume {resume[1]} takes all settings from its config.json; leave out "
+    for flags, message in (
+        (("--data.width", "9", "--seed", "3"), "--seed and --data.width (only --mesh.* may differ)"),
+        (
+            ("--steps", "9"),
+            "--steps (only --mesh.* may differ); to train for longer, start a new run whose model is the",
+        ),
+    ):
+        with pytest.raises(SettingError) as caught:
+            sft.parse([*resume, *flags])
+        assert str(caught.value).startswith(start + message)
+
+
 @pytest.fixture(scope="session")
 def sft_run(demonstrations, tmp_path_factory) -> pathlib.Path:
     out = tmp_path_factory.mktemp("sft") / "run"
@@ -120,6 +140,8 @@ def test_sft_lowers_the_held_out_loss_and_saves_a_model_that_commands_accept(sft
     )
     again = json.loads((tmp_path / "more" / "results.json").read_text())
     assert again["held_out_loss"]["before"][0] == pytest.approx(after[0], rel=0.01), "the saved model"
+    assert "stage 2/2 evaluate done: 2 steps in" in text
+    assert "58 training conversations, 6 held-out conversations" in text
     assert "bfloat16" in text and "already finished" in command("sft.py", "--resume", tmp_path / "more")
 
 

@@ -1,8 +1,10 @@
 """The commands that sample from a user's own models and evaluate them, on tiny models."""
 
+import dataclasses
 import functools
 import json
 import pathlib
+import shutil
 import types
 from typing import Any
 
@@ -496,6 +498,27 @@ def test_evaluate_writes_a_report_with_all_numbers(compared, capsys):
     shown = capsys.readouterr().out
     for words in ("wins vs baseline, %", "KL, nats per answer", "score, own.py:length", "policy-10"):
         assert words in shown
+
+
+def test_evaluate_names_the_number_formats_and_is_no_model(
+    policies, prompts, reward_model, tmp_path, monkeypatch, capsys
+):
+    half = tmp_path / "half"
+    shutil.copytree(policies[0], half)
+    config = json.loads((half / "config.json").read_text())
+    (half / "config.json").write_text(json.dumps(config | {"torch_dtype": "bfloat16", "dtype": "bfloat16"}))
+    monkeypatch.setattr(evaluate.console, "StageProgress", lambda *_, **__: 1 / 0)
+    for dtype, text in (
+        (None, f"computing in float32 ({policies[0]}, {reward_model}) and bfloat16 ({half}), with parameters in"),
+        ("bfloat16", "computing in bfloat16, with parameters in float32 (--compute.dtype)"),
+    ):
+        given = {"policies": (policies[0], str(half)), "prompts": prompts, "reward_model": (reward_model,)}
+        made = evaluation(tmp_path, **given, compute=evaluate.sampling_settings.Compute(dtype=dtype))
+        with pytest.raises(ZeroDivisionError):
+            evaluate.run(dataclasses.replace(made, out=str(tmp_path / f"out-{dtype}")))
+        assert text in capsys.readouterr().out
+    with pytest.raises(run_folder.SettingError, match=r"it is a run of evaluate\.py, which has no model"):
+        initial_model.check(str(tmp_path / "out-None"), kind=initial_model.REWARD_MODEL)
 
 
 def test_evaluate_joins_files_of_samples_by_prompt(compared, reward_model, tmp_path):

@@ -13,12 +13,13 @@ import numpy as np
 import ppo
 import pytest
 import word_models
-from finetune import policy_data, policy_rewards, policy_settings, reward_functions
+from finetune import policy_data, policy_rewards, policy_samples, policy_settings, reward_functions
 from launch import initial_model, process_setup, run_folder
 from launch.run_settings import SettingError
 
 from rlhf_jax import generation, lm
 from rlhf_jax.data import errors
+from rlhf_jax.diagnostics import alarms
 
 WORDS = ("tea", "milk", "bread", "salt", "rice", "fish", "corn", "plum", "papaya", "yes")
 SHORT = ("--max-new-tokens", 6, "--ppo.batch", 16, "--ppo.iterations", 3, "--show-every", 0, "--held-out", 0.25)
@@ -300,6 +301,22 @@ def test_models_with_other_tokens_are_refused(files, tmp_path):
         ppo.run(settings(files, tmp_path / "run", "--prompt-width", 2))
     with pytest.raises(SettingError, match="must be below 64"):
         ppo.run(settings(files, tmp_path / "run", "--max-new-tokens", 70))
+
+
+def test_the_alarm_of_unfinished_answers_names_its_flags():
+    message = alarms.unfinished_answers([{"step": 1, "stopped": 0.0}])
+    assert message is not None and ppo._with_flags(message).endswith(
+        " (flags: --max-new-tokens and --ppo.missing-stop-score)"
+    )
+    assert ppo._with_flags("KL is negative") == "KL is negative"
+
+
+def test_names_of_functions_keep_their_underscores():
+    policy = {"reward": 1.0, "reward_each_a": 2.0, "reward_model": 3.0, "length": 4.0, "stopped": 1.0}
+    policies = {"initial_policy": policy, "trained_policy": policy | {"win_rate": 0.5, "kl": 0.0}}
+    results = {"policies": policies, "reward_change": 0.0, "iterations": 1, "tokens_per_second": None}
+    names = [name for name, _ in policy_samples.table(results)]
+    assert "reward each_a before" in names and "reward each_a after" in names and "reward model after" in names
 
 
 @pytest.mark.parametrize(
