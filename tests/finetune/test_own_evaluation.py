@@ -506,7 +506,7 @@ def test_evaluate_names_the_number_formats_and_is_no_model(
     half = tmp_path / "half"
     shutil.copytree(policies[0], half)
     config = json.loads((half / "config.json").read_text())
-    (half / "config.json").write_text(json.dumps(config | {"torch_dtype": "bfloat16", "dtype": "bfloat16"}))
+    (half / "config.json").write_text(json.dumps(config | {"rlhf_jax": config["rlhf_jax"] | {"dtype": "bfloat16"}}))
     monkeypatch.setattr(evaluate.console, "StageProgress", lambda *_, **__: 1 / 0)
     for dtype, text in (
         (None, f"computing in float32 ({policies[0]}, {reward_model}) and bfloat16 ({half}), with parameters in"),
