@@ -78,7 +78,7 @@ def run(settings: CompareRunsSettings) -> list[run_comparison.Group]:
     tables = {title: rows for title, rows in tables.items() if len(rows) > 1}
     figures = [svg for key in keys if (svg := run_comparison.figure(groups, key))]
     notes = _notes(groups, tables=tables, figures=len(figures))
-    run_folder.create_folder(path, dataclasses.asdict(settings))
+    run_folder.create_folder(path, dataclasses.asdict(settings) | {"command": "compare_runs"})
     page = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
     for title, rows in tables.items():
         page += f"<h2>{title}</h2><div style='overflow-x:auto'>{frontier_plot.html_table(rows)}</div>"

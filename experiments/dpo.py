@@ -85,8 +85,8 @@ checkpoints/ and reference/. Other commands accept the run folder as their --mod
 
 def parse(arguments: list[str]) -> Any:
     """Parses the command line; raises SettingError for invalid settings."""
-    if preference_settings.is_own(arguments, "--rounds"):
-        own = preference_settings.OwnDPOSettings
+    own = preference_settings.OwnDPOSettings
+    if preference_settings.is_own(arguments, "--rounds", own=own, world=DPOSettings):
         return command_line.parse_stage(own, arguments, doc=OWN, check=preference_settings.check_dpo)
     settings = command_line.parse(DPOSettings, arguments, doc=__doc__, unused=_unused)
     direct_settings.check(settings)
@@ -148,6 +148,7 @@ def run(settings: Any) -> dict[str, Any]:
     """Runs all stages and returns the contents of results.json."""
     if isinstance(settings, preference_settings.OwnDPOSettings):
         return direct_training.run(settings)
+    preference_settings.warn_without_data(settings)
     out = Console()
     if settings.resume and (finished := run_folder.finished_results(settings.resume)):
         run_setup.print_line(out, f"{settings.resume} is already finished; there is nothing to run")

@@ -43,7 +43,7 @@ class Comparison:
     reward: tuple[str, ...] = ()
     """Functions that judge the answers, as module:function or file.py:function. A function receives a list of prompts,
     each a list of messages, and a list of answers, and returns one number per answer. If it has a parameter
-    records, it also receives the other columns of each prompt."""
+    `records`, it also receives the other columns of each prompt."""
     reference: str | None = None
     """The model to which the KL is measured. None is the baseline."""
     width: int | None = None
@@ -115,6 +115,7 @@ def run(settings: EvaluateSettings) -> dict[str, Any]:
     path = run_folder.free_folder(settings.out, kind="evaluate")
     counts = errors.DropCount(max_dropped=settings.max_dropped, flag="--max-dropped")
     loaded = [reward_functions.load(text) for text in settings.reward]
+    remark, dtypes = "", dict[str, list[str]]()
     functions = dict(zip(compared_policies.names(settings.reward), loaded))
     for flag, paths, kind in (
         ("--policies", settings.policies, initial_model.LANGUAGE_MODEL),
@@ -122,11 +123,13 @@ def run(settings: EvaluateSettings) -> dict[str, Any]:
         ("--reward-model", settings.reward_model, initial_model.REWARD_MODEL),
     ):
         for each in paths:
-            initial_model.check(each, kind=kind, flag=flag)
+            cfg = initial_model.check(each, kind=kind, flag=flag)
+            dtypes.setdefault(settings.compute.dtype or cfg.dtype, []).append(each)
     names = compared_policies.names(settings.samples or settings.policies)
     sampled = settings.prompts is not None
     if sampled:
         found = answers.read_prompts(settings, settings.prompts, counts)  # pyright: ignore[reportArgumentType]
+        remark = reward_functions.note_of_read_columns(loaded, counts, found)
         policies: list[compared_policies.Given] = []
     else:
         policies = [compared_policies.read(file, name=name) for file, name in zip(settings.samples, names)]
@@ -135,8 +138,11 @@ def run(settings: EvaluateSettings) -> dict[str, Any]:
     stages = [(f"sample {name}", 30.0) for name in names] if sampled else []
     stages += [("KL", 5.0)] if measure else []
     stages += [(f"judge {name}", 5.0) for name in (*models, *functions)]
-    run_folder.create_folder(path, dataclasses.asdict(settings))
+    run_folder.create_folder(path, dataclasses.asdict(settings) | {"command": "evaluate"})
     run_setup.print_line(out, f"writing to {path}")
+    if dtypes:
+        parts = [f"{dtype} ({', '.join(paths)})" if len(dtypes) > 1 else dtype for dtype, paths in dtypes.items()]
+        run_setup.print_line(out, f"computing in {' and '.join(parts)}, with parameters in float32 (--compute.dtype)")
     notes: list[str] = []
     with console.StageProgress(stages, elapsed=time.time() - process_setup.START_TIME) as progress:
 
@@ -225,6 +231,8 @@ def run(settings: EvaluateSettings) -> dict[str, Any]:
     out.print(results_table(results))
     for text in results_lib.rough_intervals(results):
         run_setup.print_line(out, text)
+    if remark:
+        run_setup.print_line(out, remark)
     run_setup.print_line(out, f"data: {counts.report()}")
     run_setup.print_line(out, f"report: {path / 'report.html'}   results: {path / run_folder.RESULTS}")
     return results

@@ -9,7 +9,7 @@
 SFT and RM are folders in Hugging Face format or output folders of sft.py and reward_model.py. The function of a FILE.py
 gets the prompts, as lists of chat messages, and the answers, as texts, and returns a number for each answer. If it has
 a parameter `records`, it also gets the other columns of each prompt. To score every token, it has a parameter `tokens`,
-the tokens of each answer, and returns a list of numbers for each answer.
+which are the text pieces of each answer's tokens, not ids, and returns a list of numbers for each answer.
 
 The run folder contains model/, the moving average of the policy in Hugging Face format, samples.jsonl, results.json,
 report.html, config.json, metrics.jsonl, tensorboard/ and checkpoints/.
@@ -42,7 +42,7 @@ from functools import partial
 from typing import Any
 
 import jax
-from finetune import policy_data, policy_rewards, policy_samples, stage_run, training
+from finetune import policy_data, policy_rewards, policy_samples, reward_functions, stage_run, training
 from launch import device_mesh, entry_point, initial_model, run_folder
 from recipe import engine, monitoring, optimiser_choice, rl_methods
 
@@ -62,6 +62,9 @@ class Inputs:
     critic: initial_model.InitialModel | None
     """The initial critic; None if the policy gets a new head, or if the method has no critic."""
     prompts: policy_data.Prompts
+    """All prompts."""
+    train: policy_data.Prompts
+    held_out: policy_data.Prompts
     ptx: types.TokenBatch | None
 
 
@@ -142,9 +145,17 @@ def _prepare(resolved: PPOSettings, mesh: Any, counts: errors.DropCount) -> stag
                 f"{each.cfg.max_length}; lower --max-new-tokens or --prompt-width"
             )
     ptx = None if resolved.ptx is None else policy_data.read_ptx(policy.fmt, resolved.ptx, width=width)
-    inputs = Inputs(policy, reference, found, critic, prompts, ptx)
-    notes = [] if note is None else [note]
-    return stage_run.Prepared(policy, inputs, {"prompts": len(prompts)}, _stages(resolved, len(prompts)), notes=notes)
+    key = jax.random.fold_in(engine.stage_key(resolved.seed, _stage(resolved)), 2)
+    train, held_out = policy_data.split(prompts, resolved.held_out, key)
+    inputs = Inputs(policy, reference, found, critic, prompts, train, held_out, ptx)
+    return stage_run.Prepared(
+        policy,
+        inputs,
+        {"training prompts": len(train), "held-out prompts": len(held_out)},
+        _stages(resolved, len(prompts)),
+        remark=reward_functions.note_of_read_columns(functions, counts, prompts.records),
+        notes=[*policy_data.few_left(train, held_out), *([] if note is None else [note])],
+    )
 
 
 @contextlib.contextmanager
@@ -186,7 +197,7 @@ def _train(
     """Trains and evaluates the policy; returns its averaged parameters and results."""
     method, policy, mesh = policy_settings.method(settings), inputs.policy, job.mesh
     key = job.key(stage)
-    train, held_out = policy_data.split(inputs.prompts, settings.held_out, jax.random.fold_in(key, 2))
+    train, held_out = inputs.train, inputs.held_out
     spec = generation.Sampling(
         max_new_tokens=settings.max_new_tokens,
         stop_ids=policy.fmt.stop_ids,
@@ -230,7 +241,12 @@ def _train(
 
     say = partial(job.progress.message, stage)
     watch = monitoring.watch(
-        job.log, stage, say, stop=settings.on_alarm == "stop", dtype=job.cfg.dtype, **_thresholds(method)
+        job.log,
+        stage,
+        lambda text: say(_with_flags(text)),
+        stop=settings.on_alarm == "stop",
+        dtype=job.cfg.dtype,
+        **_thresholds(method),
     )
     limit = _KLLimit(watch, settings.stop_at_kl)
     callbacks = []
@@ -272,6 +288,12 @@ def _train(
     if limit.reached:
         results["stopped_at_kl"] = settings.stop_at_kl
     return params, results | _evaluate(job, sampler, scorer, inputs, frozen, params, held_out)
+
+
+def _with_flags(alarm: str) -> str:
+    """Adds the flags of ppo.py that an alarm about unfinished answers describes."""
+    flags = " (flags: --max-new-tokens and --ppo.missing-stop-score)"
+    return alarm + flags if "lack a stop token" in alarm else alarm
 
 
 def _thresholds(method: Any) -> dict[str, float]:

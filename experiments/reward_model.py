@@ -62,8 +62,8 @@ Other commands accept the run folder as their reward model.
 
 def parse(arguments: list[str]) -> Any:
     """Parses the command line; raises SettingError for invalid settings."""
-    if preference_settings.is_own(arguments, "--folds"):
-        own = preference_settings.OwnRewardSettings
+    own = preference_settings.OwnRewardSettings
+    if preference_settings.is_own(arguments, "--folds", own=own, world=RewardSettings):
         return command_line.parse_stage(own, arguments, doc=OWN, check=preference_settings.check_reward)
     settings = command_line.parse(RewardSettings, arguments, doc=__doc__, adjust=_adjust_preset, unused=unused)
     check(settings)
@@ -99,6 +99,7 @@ def run(settings: Any) -> dict[str, Any]:
     """Trains or cross-validates and returns the contents of results.json."""
     if isinstance(settings, preference_settings.OwnRewardSettings):
         return reward_training.run(settings)
+    preference_settings.warn_without_data(settings)
     out = Console()
     if settings.resume and (results := run_folder.finished_results(settings.resume)):
         run_setup.print_line(out, f"{settings.resume} is already finished; there is nothing to run")

@@ -129,7 +129,7 @@ def run(settings: RewardBenchSettings) -> dict[str, Any]:
             raise errors.DataError(f"--data.path {settings.data.path}: {error}") from None
         progress.finish("tokenise")
         # Created after the data is read, so that unusable data leaves no folder, but before the slow scoring.
-        run_folder.create_folder(path, dataclasses.asdict(settings))
+        run_folder.create_folder(path, dataclasses.asdict(settings) | {"command": "rewardbench"})
         progress.start("score", len(rows))
         step = parallel.JitStep(partial(reward_scores.score_batch, cfg=cfg), donate_argnums=())
 

@@ -121,7 +121,11 @@ def _prepare(settings: SFTSettings, mesh: Any, counts: errors.DropCount) -> stag
     return stage_run.Prepared(
         model,
         inputs=(train, held_out, rows),
-        sizes={"tokens per row": width, "conversations": len(train.ids) + len(held_out.ids)},
+        sizes={
+            "training conversations": len(train.ids),
+            "held-out conversations": len(held_out.ids),
+            "tokens per row": width,
+        },
         stages=[("sft", 3.0 * trained), ("evaluate", 2.0 * len(held_out.ids))],  # in forward passes of a row
         remark="the file has comparisons; their preferred answers are the demonstrations" if preferred else "",
     )
@@ -140,7 +144,10 @@ def _train(
     params = start.merge(start.frozen, trained.params)
     job.progress.start("evaluate", 2)
     measure = _make_held_out_loss(job, token_logprobs, held_out, width=width, pad_id=prepared.model.fmt.pad_id)
-    losses = {"before": measure(initial), "after": measure(params)}
+    losses = {}
+    for number, (name, each) in enumerate((("before", initial), ("after", params))):
+        losses[name] = measure(each)
+        job.progress.update("evaluate", number + 1, 2)
     job.progress.finish("evaluate")
     per_step = rows.mask_BL.mean() * width * min(settings.batch, len(rows.mask_BL))
     results = {
@@ -168,7 +175,6 @@ def _make_held_out_loss(
     step = parallel.JitStep(sums, donate_argnums=(), mesh=job.mesh, batch_args=(1,), replicated_args=())
 
     def measure(params: types.Params) -> list[float] | None:
-        job.progress.update("evaluate", 1, 2)
         if not held_out.ids:
             return None
         rows = demonstrations.rows(held_out, width=width, pad_id=pad_id, packed=False)

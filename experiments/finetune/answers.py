@@ -116,7 +116,9 @@ def encode_prompts(
         tools=[each.tools for each in found],
     )
     if not ids:
-        raise errors.DataError(f"no prompt is left ({counts.report()})")
+        narrow = width is not None and "prompt too long" in counts.dropped
+        advice = f"; --prompt-width is {width}: raise it" if narrow else ""
+        raise errors.DataError(f"no prompt is left ({counts.report()}){advice}")
     return Prompts(ids, [found[i] for i in kept], kept.tolist())
 
 

@@ -109,6 +109,11 @@ def encode(
             kept.append((i, ids, learnt))
         else:
             stage.drop("prompt too long")
+    if (n := stage.dropped.get("prompt too long", 0)) > counts.max_dropped * len(found):
+        raise errors.DataError(
+            f"{n} of {errors.counted(len(found), 'conversations')} have no room for an answer in a width of {width} "
+            "tokens; raise --data.width"
+        )
     counts.add(stage, records=len(found), source="demonstrations")
     if not kept:
         raise errors.DataError(f"no demonstration is usable ({counts.report()})")
@@ -159,10 +164,17 @@ def split(encoded: Encoded, fraction: float, key: jax.Array, *, flag: str) -> tu
             group_N=human_comparisons.conversation_ids(encoded.records),
         )
     except ValueError as error:
-        raise SettingError(
-            f"{flag} is {fraction}, but the file has too few conversations to hold any out; add records or set it to 0"
-        ) from error
+        raise cannot_split(len(encoded.ids), fraction, flag=flag, things="conversations") from error
     return encoded.at(parts[0]), encoded.at(parts[1])
+
+
+def cannot_split(n: int, fraction: float, *, flag: str, things: str) -> SettingError:
+    """Returns the error for ``n`` things of which a fraction cannot be held out, because one part would be empty."""
+    if 1 < n == round(n * fraction):
+        return SettingError(f"{flag} is {fraction:g}, which leaves none of {n} {things} to train on; lower it")
+    return SettingError(
+        f"{flag} is {fraction:g}, but the file has too few {things} to hold any out; add {things} or set it to 0"
+    )
 
 
 def rows(encoded: Encoded, *, width: int, pad_id: int, packed: bool) -> sft.TokenBatch:

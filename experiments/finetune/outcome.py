@@ -134,5 +134,8 @@ def table(rows: list[tuple[str, Any]]) -> Table:
         if isinstance(value, list):
             made.add_row(name, *results_lib.format_parts(value, digits=3))
         else:
-            made.add_row(name, "–" if value is None else f"{value:,.4g}" if isinstance(value, float) else f"{value:,}")
+            made.add_row(
+                name,
+                "–" if value is None else results_lib.number_text(value) if isinstance(value, float) else f"{value:,}",
+            )
     return made

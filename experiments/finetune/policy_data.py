@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 from launch import initial_model
-from launch.run_settings import SettingError
 from recipe import human_comparisons, tasks
 
 from finetune import answers, comparisons, demonstrations
@@ -19,6 +18,8 @@ from rlhf_jax.types import TokenBatch
 
 MOST_HELD_OUT = 256
 """Maximum number of prompts on which a policy is evaluated."""
+_FEW = 16
+"""Number of training prompts below which there is a warning if more prompts are held out."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,10 +110,16 @@ def split(prompts: Prompts, fraction: float, key: jax.Array) -> tuple[Prompts, P
     try:
         parts = batching.split(len(prompts), fraction=fraction, key=key, group_N=prompts.asked_B)
     except ValueError as error:
-        raise SettingError(
-            f"--held-out is {fraction:g}, but the file has too few prompts to hold any out; add prompts or set it to 0"
-        ) from error
+        raise demonstrations.cannot_split(len(prompts), fraction, flag="--held-out", things="prompts") from error
     return prompts.at(parts[0]), prompts.at(parts[1])
+
+
+def few_left(train: Prompts, held_out: Prompts) -> list[str]:
+    """Returns a warning if very few prompts are left to train on, because most are held out."""
+    n = len(train) + len(held_out)
+    if len(train) >= min(_FEW, len(held_out)):
+        return []
+    return [f"{len(held_out)} of {n} prompts are held out, so the policy is trained on {len(train)}; lower --held-out"]
 
 
 def read_ptx(fmt: chat.ChatFormat, path: str, *, width: int) -> TokenBatch:

@@ -107,10 +107,8 @@ def table(results: dict[str, Any]) -> list[tuple[str, Any]]:
         before, after = found[BEFORE], found[AFTER]
         names = [name for name in after if name.startswith("reward")]
         for name in (*names, "length", "stopped"):
-            rows += [
-                (f"{name.replace('_', ' ')} before", before[name]),
-                (f"{name.replace('_', ' ')} after", after[name]),
-            ]
+            shown = name.replace("_", " ", 1)  # the rest is the name of a function
+            rows += [(f"{shown} before", before[name]), (f"{shown} after", after[name])]
         rows.insert(2, ("change of the reward", results["reward_change"]))
         rows.insert(3, ("win rate of after against before", after["win_rate"]))
         rows.insert(4, ("KL from the reference after, nats per answer", after["kl"]))

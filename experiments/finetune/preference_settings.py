@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import typing
 from typing import Any, ClassVar, Literal
 
 from launch import config_file
@@ -93,15 +94,61 @@ class OwnDPOSettings(direct_settings.LossSettings, Packing, StageSettings):
     """Maximum number of pairs per prompt, sampled from all pairs of its answers that differ in rank. 0 uses all."""
 
 
-def is_own(arguments: list[str], *others: str) -> bool:
+def is_own(arguments: list[str], other: str, *, own: type, world: type) -> bool:
     """Returns whether a command line, or the run that it resumes, has a model and a file of its own.
 
-    The flags in ``others``, such as --folds, select other settings.
+    Args:
+        arguments: The command line without the program's name.
+        other: A flag that selects the other settings, such as --folds.
+        own: The settings with a model and a file.
+        world: The other settings of the command.
+
+    Raises:
+        SettingError: A flag of only ``own`` is given, but not all that it needs.
     """
     if resume := peek(arguments, "--resume"):
         return "lora" in config_file.read(resume)
-    given = [peek(arguments, flag) is not None for flag in ("--model", "--data.path", *others)]
-    return given[0] and given[1] and not any(given[2:])
+    missing = [flag for flag in ("--model", "--data.path") if peek(arguments, flag) is None]
+    if not missing and peek(arguments, other) is None:
+        return True
+    if {"-h", "--help"} & set(arguments):
+        return False
+    theirs = _flags(world)
+    only_own = {flag for flag in _flags(own) if flag not in theirs}
+    for argument in arguments:
+        flag = argument.partition("=")[0].replace("_", "-")
+        if flag in only_own and not missing:
+            raise SettingError(f"{flag} has no effect with {other}; leave out one of them")
+        if flag in only_own:
+            raise SettingError(f"{flag} needs {' and '.join(missing)}; add {'it' if len(missing) == 1 else 'them'}")
+    return False
+
+
+def _flags(kind: type, prefix: str = "--") -> set[str]:
+    """Returns all flags of a settings class; a boolean setting has two."""
+    hints, flags = typing.get_type_hints(kind), set()
+    for field in dataclasses.fields(kind):
+        name, hint = field.name.replace("_", "-"), hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            flags |= _flags(typing.cast(type, hint), f"{prefix}{name}.")
+        else:
+            flags |= {f"{prefix}{name}", *([f"{prefix}no-{name}"] if bool in (hint, *typing.get_args(hint)) else [])}
+    return flags
+
+
+def warn_without_data(settings: Any) -> None:
+    """Prints a warning if a command starts from a given model, but without a file of comparisons."""
+    if settings.given_model is not None and settings.data.path is None and settings.resume is None:
+        import rich.console  # imported late, because --help does not need it
+
+        rich.console.Console(stderr=True).print(
+            f"warning: --data.path is missing, so the built-in world replaces your data; add --data.path FILE to train "
+            f"--model {settings.given_model} on comparisons of your own",
+            style="yellow",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def check_reward(settings: OwnRewardSettings) -> None:

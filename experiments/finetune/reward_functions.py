@@ -9,7 +9,7 @@ import os
 import pathlib
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ Messages = Sequence[dict[str, Any]]
 Records = Sequence[Mapping[str, Any]]
 """The other columns of each prompt."""
 ScoreAnswers = Callable[[Sequence[Messages], Sequence[str], Records], np.ndarray]
-"""``(prompts, responses, records) -> scores_B``."""
+"""``(prompts, answers, records) -> scores_B``; `reads_records` tells whether it uses the records."""
 Scores = list[float] | list[list[float]]
 """A number for each answer, or for each of its tokens."""
 
@@ -47,23 +47,43 @@ def load(text: str, *, flag: str = "--reward") -> ScoreAnswers:
     where, function = f"{flag} {text}", find(text, flag=flag)
     optional = accepted(function, ("records",), where=where)
 
-    def checked(prompts: Sequence[Messages], responses: Sequence[str], records: Records) -> np.ndarray:
+    def checked(prompts: Sequence[Messages], answers: Sequence[str], records: Records) -> np.ndarray:
         options = {"records": records} if optional else {}
-        values = call(function, prompts, responses, options, where=where)
+        values = call(function, prompts, answers, options, where=where)
         scores = np.zeros(len(values))
         for row, value in enumerate(values):
             if value.ndim or not np.isfinite(value):
-                raise unusable(f"{_shown(value)} for the answer {responses[row][:200]!r}", where=where)
+                raise unusable(f"{_shown(value)} for the answer {answers[row][:200]!r}", where=where)
             scores[row] = value
         return scores
 
+    setattr(checked, "reads_records", bool(optional))  # noqa: B010
     return checked
+
+
+def note_of_read_columns(functions: Iterable[Any], counts: errors.DropCount, prompts: Iterable[Any]) -> str:
+    """Returns a line about the columns with text that only the functions receive, which are then no longer unused.
+
+    The line is empty if there are no such columns, or if no function has a parameter ``records``.
+
+    Args:
+        functions: Functions of `load`, or `RewardFunction`.
+        counts: The counts of the prompts that were read.
+        prompts: The records of the prompts.
+    """
+    if not any(each.reads_records for each in functions):
+        return ""
+    names = sorted(set(counts.unused) & {name for each in prompts for name in each.metadata})
+    for name in names:
+        del counts.unused[name]
+    return f"kept for the reward functions, not shown to the model: {', '.join(map(repr, names))}" if names else ""
 
 
 class RewardFunction:
     """A function for RL, which returns a number for each answer, or for each of its tokens.
 
-    It gets the lists that `load` describes and, if it has a parameter ``tokens``, the tokens of each answer.
+    It gets the lists that `load` describes and, if it has a parameter ``tokens``, the tokens of each answer as texts. A
+    token that is only a part of a character is the replacement character.
 
     Args:
         spec: MODULE:FUNCTION or FILE.py:FUNCTION.
@@ -73,6 +93,7 @@ class RewardFunction:
 
     Attributes:
         name: Name of the function.
+        reads_records: Whether it has the parameter ``records``.
         per_token: Whether it returns a number for each token; None before the first call.
         failure: The error of the last call; None if it succeeded.
     """
@@ -85,6 +106,7 @@ class RewardFunction:
         self._function = find(spec)
         self.name = spec.rpartition(":")[2]
         self._optional = accepted(self._function, ("records", "tokens"), where=self._where)
+        self.reads_records = "records" in self._optional
 
     def __call__(
         self,
@@ -134,7 +156,7 @@ def accepted(function: Callable[..., Any], optional: Sequence[str], *, where: st
     """Returns which of the names in ``optional`` the function accepts as keywords.
 
     Raises:
-        SettingError: The function cannot be called with prompts, responses and these keywords.
+        SettingError: The function cannot be called with prompts, answers and these keywords.
     """
     try:
         signature = inspect.signature(function)
@@ -152,46 +174,51 @@ def accepted(function: Callable[..., Any], optional: Sequence[str], *, where: st
         return names
     name = getattr(function, "__name__", type(function).__name__)
     raise SettingError(
-        f"{where} cannot be used: {wrong}; it is {name}{signature}, but is called with (prompts, responses), two lists "
-        f"of equal length, and with {' and '.join(optional)} if it has {'such a parameter' + 's' * (len(optional) > 1)}"
+        f"{where} cannot be used: {wrong}; it is {name}{signature}, but is called with (prompts, answers), two lists "
+        f"of equal length, and with {' and '.join(optional)} if it has "
+        f"{'such parameters' if len(optional) > 1 else 'such a parameter'}"
     )
 
 
 def call(
     function: Callable[..., Any],
     prompts: Sequence[Messages],
-    responses: Sequence[str],
+    answers: Sequence[str],
     options: Mapping[str, Sequence[Any]],
     *,
     where: str,
     tokens: bool = False,
 ) -> list[np.ndarray]:
-    """Calls a user's function and returns its value for each response as an array.
+    """Calls a user's function and returns its value for each answer as an array.
 
     Args:
         function: The function.
         prompts: Prompts as chat messages.
-        responses: Texts of the answers.
+        answers: Texts of the answers.
         options: Further lists, by the names of the parameters that receive them.
         where: Beginning of error messages, such as ``--reward rewards.py:score``.
         tokens: Whether error messages say that tokens may have numbers.
 
     Raises:
-        SettingError: The function failed, or did not return one value that consists of numbers for each response.
+        SettingError: The function failed, or did not return one value that consists of numbers for each answer.
     """
-    given = errors.counted(len(responses), "answers")
+    given = errors.counted(len(answers), "answers")
     try:
-        returned = function(list(prompts), list(responses), **{name: list(value) for name, value in options.items()})
+        returned = function(list(prompts), list(answers), **{name: list(value) for name, value in options.items()})
         is_list = hasattr(returned, "__iter__") and not isinstance(returned, str | bytes | Mapping)
         values = list(returned) if is_list and getattr(returned, "shape", None) != () else None
-    except Exception as error:
-        raise SettingError(f"{where} failed on {given}: {_described(error, function)}") from error
+    except (Exception, SystemExit) as error:
+        columns = _columns(error, options.get("records", ()))
+        raise SettingError(f"{where} failed on {given}: {_described(error, function)}{columns}") from error
     if values is None:
         raise unusable(f"{_shown(returned)} for {given}", where=where, tokens=tokens)
-    if len(values) != len(responses):
+    if len(values) != len(answers):
         raise unusable(f"{errors.counted(len(values), 'values')} for {given}", where=where, tokens=tokens)
     arrays = []
     for i, value in enumerate(values):
+        if value is None or (isinstance(value, list | tuple) and any(each is None for each in value)):
+            what = "None" if value is None else "a list with None"
+            raise unusable(f"{what} for answer {i}", where=where, tokens=tokens)
         try:
             arrays.append(np.asarray(value, np.float32))
         except (TypeError, ValueError):
@@ -213,6 +240,14 @@ def _shown(value: Any) -> str:
     if value is None or shape == () or isinstance(value, float | int):
         return str(value)
     return f"the {type(value).__name__} {repr(value)[:80]}"
+
+
+def _columns(error: BaseException, records: Records) -> str:
+    """Returns the columns of the prompts, to be added to the error about a missing one."""
+    if not isinstance(error, KeyError) or not records or all(error.args[0] in each for each in records):
+        return ""
+    names = sorted({repr(name) for each in records for name in each})
+    return f"; the columns of the prompts are {', '.join(names)}" if names else "; the prompts have no other columns"
 
 
 def _described(error: BaseException, function: Callable[..., Any]) -> str:
@@ -255,5 +290,5 @@ def _import(name: str, where: str) -> Any:
         return importlib.import_module(name)
     except SettingError:
         raise
-    except Exception as error:  # whatever the user's module raises
+    except (Exception, SystemExit) as error:  # whatever the user's module raises
         raise SettingError(f"{where}: cannot import {name} ({type(error).__name__}: {error})") from error

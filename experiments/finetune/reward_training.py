@@ -106,6 +106,7 @@ def _train(
     facts = _diagnose(score, params, train, data)
     job.progress.update("evaluate", 1, 2)
     params, record = _normalise(settings, score, params, train, data.held_out)
+    job.progress.update("evaluate", 2, 2)
     job.progress.finish("evaluate")
     results = {
         "comparisons": {"training": len(train), "held_out": len(data.held_out)},

@@ -6,7 +6,7 @@ import dataclasses
 
 from launch import mesh_settings
 from launch.run_settings import Compute, Mesh, Template
-from launch.setting_checks import check_finite, require
+from launch.setting_checks import check_finite, require, template_options
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,4 +53,5 @@ def check(settings: Sampling) -> None:
         require(getattr(settings, name) >= 0, settings, name, "at least 0")
     require(0 <= settings.max_dropped <= 1, settings, "max_dropped", "between 0 and 1")
     require(settings.top_p is None or 0 < settings.top_p <= 1, settings, "top_p", "above 0 and at most 1")
+    template_options(settings.template.options)
     mesh_settings.check(settings)

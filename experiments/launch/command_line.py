@@ -21,6 +21,8 @@ S = TypeVar("S", bound=settings.Settings)
 T = TypeVar("T")
 R = TypeVar("R", bound=settings.RunSettings)
 
+_LENGTHS = {"steps", "epochs", "iterations"}
+"""Names of settings of how long a model is trained."""
 _HELP = {"-h", "--help"}
 
 
@@ -144,8 +146,17 @@ def _parse_or_resume(
         if dataclasses.replace(parsed, **same) != dataclasses.replace(default, resume=None):
             groups = [dataclasses.is_dataclass(getattr(default, name)) for name in free]
             flags = " and ".join(setting_checks.flag_name(name) + ".*" * group for name, group in zip(free, groups))
+            changed = [
+                name
+                for name in setting_checks.field_names(default)
+                if name.partition(".")[0] not in same
+                and setting_checks.value_of(parsed, name) != setting_checks.value_of(default, name)
+            ]
+            more = "; to train for longer, start a new run whose model is the folder of this run"
             raise settings.SettingError(
-                f"--resume {resume} takes all settings from its {config_file.NAME}; leave out all flags except {flags}"
+                f"--resume {resume} takes all settings from its {config_file.NAME}; leave out "
+                f"{' and '.join(map(setting_checks.flag_name, changed))} (only {flags} may differ)"
+                f"{more if {name.rpartition('.')[2] for name in changed} & _LENGTHS else ''}"
             )
     return parsed
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 import typing
 from typing import Any, TypeVar
@@ -18,6 +19,10 @@ VERSION = 4
 """Version of the run folder's layout. Runs with a different version, or without a version, are refused."""
 
 
+TOOLS = ("evaluate", "rewardbench", "compare_runs")
+"""Commands that train no model, whose runs cannot be resumed."""
+
+
 def check_local(flag: str, path: str | None) -> None:
     """Raises SettingError for an address such as gs://bucket/name, which would be taken for a local folder."""
     if path is not None and "://" in path:
@@ -28,11 +33,22 @@ def check_local(flag: str, path: str | None) -> None:
 
 def is_run(folder: pathlib.Path) -> bool:
     """Returns whether the config.json in a folder is that of a run, and not that of a model."""
+    return {"command", "version"} <= set(_values(folder))
+
+
+def tool(folder: pathlib.Path) -> str | None:
+    """Returns the command whose output folder this is, if it is one of `TOOLS`."""
+    command = _values(folder).get("command")
+    return command if command in TOOLS else None
+
+
+def _values(folder: pathlib.Path) -> dict[str, Any]:
+    """Returns the contents of the config.json in a folder, or an empty dict if there is none."""
     try:
         values = json.loads((folder / NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return isinstance(values, dict) and "command" in values and "version" in values
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def read(resume: str, *, flag: str = "--resume") -> dict[str, Any]:
@@ -42,6 +58,8 @@ def read(resume: str, *, flag: str = "--resume") -> dict[str, Any]:
     """
     check_local(flag, resume)
     path = pathlib.Path(resume) / NAME
+    if pathlib.Path(resume).is_file():
+        raise SettingError(f"{flag} {resume} is a file; give the folder of a run")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -50,6 +68,12 @@ def read(resume: str, *, flag: str = "--resume") -> dict[str, Any]:
         raise SettingError(
             f"{flag} {resume}: {path} is damaged ({error}); restore it or start a new run with --out"
         ) from error
+    if isinstance(values, dict) and ("model_type" in values or "architectures" in values):
+        run = pathlib.Path(os.path.abspath(resume)).parent
+        hint = f"; did you mean {flag} {pathlib.Path(resume).parent}?" if is_run(run) else ""
+        raise SettingError(f"{flag} {resume} is the folder of a model, not of a run{hint}")
+    if command := tool(pathlib.Path(resume)):
+        raise SettingError(f"{flag} {resume} is a run of {command}.py, which cannot be resumed")
     version = values.get("version") if isinstance(values, dict) else None
     if version != VERSION:
         has = "no version" if version is None else f"version {version}"

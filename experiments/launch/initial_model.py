@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import hashlib
-import json
 import pathlib
 import re
 from functools import partial
@@ -13,8 +12,8 @@ from typing import Any, TypeVar
 
 import jax
 
-from launch import config_file, device_mesh
-from launch.run_settings import SettingError, Template, TrainCompute, is_architecture
+from launch import config_file, device_mesh, setting_checks
+from launch.run_settings import ARCHITECTURES, SettingError, Template, TrainCompute, is_architecture
 from rlhf_jax import lm, parallel, types
 from rlhf_jax.data import chat, errors, tokenizers
 
@@ -77,8 +76,12 @@ def load(
     return _load(_saved_in_run(path, kind, flag), flag, mesh, template)
 
 
-def check(path: str, *, kind: str = LANGUAGE_MODEL, flag: str = "--model") -> None:
-    """Raises SettingError if a folder has no model of this kind, without reading any weights."""
+def check(path: str, *, kind: str = LANGUAGE_MODEL, flag: str = "--model") -> lm.LMConfig:
+    """Returns the configuration of a model, without reading any weights.
+
+    Raises:
+        SettingError: The folder has no model of this kind.
+    """
     folder = _saved_in_run(path, kind, flag)
     names = {each.name for each in pathlib.Path(folder).glob("*")}
     if "config.json" not in names and any(name.startswith("tokenizer") for name in names):
@@ -86,12 +89,13 @@ def check(path: str, *, kind: str = LANGUAGE_MODEL, flag: str = "--model") -> No
             f"cannot use {flag} {path}: it has a tokenizer but no model, which needs config.json and safetensors files"
         )
     try:
-        lm.load_config(folder)
+        cfg = lm.load_config(folder)
         found = REWARD_MODEL if lm.has_head(folder) else LANGUAGE_MODEL
     except (OSError, ValueError) as error:
         raise SettingError(f"cannot use {flag} {path}: {error}") from error
     if found != kind:
         raise SettingError(f"cannot use {flag} {path}: it is a {found}, not a {kind}")
+    return cfg
 
 
 def new_config(architecture: str, vocab_size: int) -> lm.LMConfig:
@@ -135,7 +139,13 @@ def _saved_in_run(path: str, kind: str, flag: str) -> str:
                 f"{flag} {path} does not exist; if it is a model on the Hugging Face Hub, download it with "
                 f"`hf download {path} --local-dir {name}` and use {flag} {name}"
             )
-        return path
+        named = flag == "--model" and "/" not in path
+        names = f" or, for random weights, one of {', '.join(ARCHITECTURES)}" if named else ""
+        raise SettingError(f"{flag} {path} does not exist; give a folder{names}")
+    if folder.is_file():
+        raise SettingError(f"{flag} {path} is a file; give the folder of a model or of a run")
+    if command := config_file.tool(folder):
+        raise SettingError(f"cannot use {flag} {path}: it is a run of {command}.py, which has no model")
     if not (folder / config_file.NAME).is_file() or not config_file.is_run(folder):
         return path
     for name in _SAVED_AS[kind]:
@@ -168,15 +178,7 @@ def with_date(settings: S, model: InitialModel | None) -> S:
 
 def _options(template: Template) -> dict[str, Any]:
     """Returns the arguments of `chat.chat_format` for the settings of the template."""
-    try:
-        options = json.loads(template.options or "{}")
-    except ValueError:
-        options = None
-    if not isinstance(options, dict):
-        raise SettingError(
-            f"--template.options is {template.options!r}; it must be a JSON object, such as "
-            """'{"enable_thinking": false}'"""
-        )
+    options = setting_checks.template_options(template.options)
     try:
         date = None if template.date is None else datetime.date.fromisoformat(template.date)
     except ValueError as error:

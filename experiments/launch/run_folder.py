@@ -161,7 +161,9 @@ def create_folder(path: pathlib.Path, config: dict[str, Any]) -> None:
             shutil.rmtree(path / name) if (path / name).is_dir() else (path / name).unlink(missing_ok=True)
         write_json(path / config_file.NAME, config)
     except OSError as error:
-        raise SettingError(f"cannot write to --out {path}: {error.strerror}; give another folder") from error
+        # Special file systems, such as /proc, call a folder that cannot be created missing.
+        why = "no folder can be created there" if isinstance(error, FileNotFoundError) else error.strerror
+        raise SettingError(f"cannot write to --out {path}: {why}; give another folder") from error
 
 
 def resume(path: pathlib.Path, settings: RunSettings) -> RunFolder:
@@ -198,11 +200,22 @@ def check_inputs_unchanged(resume: str, settings: RunSettings) -> None:
         if isinstance(value, tuple):
             value = next(each for each, old, new in zip(value, saved[name], digests) if old != new)
         value = str(value).rpartition(":")[0] if name in settings.functions else str(value)
+        files = [] if name in settings.functions and not value.endswith(".py") else _paths(value)
+        if missing := next((each for each in files if not pathlib.Path(each).exists()), None):
+            raise SettingError(f"--resume {resume}: {missing} does not exist; restore it or start a new run with --out")
         what = f"the files in {value} have" if pathlib.Path(value).is_dir() else f"{value} has"
         raise SettingError(
             f"--resume {resume}: {what} changed since the run started; restore "
             f"{'them' if what.endswith('have') else 'it'} or start a new run with --out"
         )
+
+
+def _paths(source: str) -> list[str]:
+    """Returns the files of a source, or the source itself if a pattern matches no file."""
+    try:
+        return [os.fspath(path) for path in sources.expand_paths(source)]
+    except errors.DataError:
+        return [source]
 
 
 def input_digests(settings: RunSettings) -> dict[str, Any]:

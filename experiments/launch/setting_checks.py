@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import itertools
+import json
 import math
 import operator
 import re
@@ -13,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from launch import mesh_settings
-from launch.run_settings import Lora, Optimizer, RunSettings, StageSettings
+from launch.run_settings import Lora, Optimizer, RunSettings, StageSettings, is_architecture
 from launch.settings import PPO, SettingError, Settings
 
 _POSITIVE = (
@@ -175,7 +176,10 @@ def refuse_changed(settings: Any, default: Any, unused: Unused) -> None:
         for full in itertools.chain.from_iterable(field_names(value_of(settings, name), name) for name in names):
             if value_of(settings, full) != value_of(default, full):
                 advice = "" if "; " in why else "; leave it out"
-                raise SettingError(f"{flag_name(full)} has no effect {why}{advice}")
+                group, _, last = full.rpartition(".")
+                off = value_of(settings, full) is False  # as it is typed, such as --ppo.no-whiten
+                shown = f"{group}{'.' * bool(group)}no_{last}" if off else full
+                raise SettingError(f"{flag_name(shown)} has no effect {why}{advice}")
 
 
 def field_names(value: Any, prefix: str = "") -> list[str]:
@@ -262,11 +266,35 @@ def check(settings: Settings, *, runs: Sequence[PPO] | None = None) -> None:
     require(2 <= k.min_k <= k.max_k, settings, "comparisons.min_k", f"between 2 and --comparisons.max-k {k.max_k}")
     check_ppo(settings, [settings.ppo] if runs is None else runs)
     mesh_settings.check(settings)
+    template_options(settings.template.options)
     if settings.data.path is None:
         most = settings.comparisons.prompts // (2 if settings.reward_model.heldout else 1)
         half = "half of " if settings.reward_model.heldout else ""
         requirement = f"at most {half}--comparisons.prompts {settings.comparisons.prompts}"
         require(settings.reward_model.batch <= most, settings, "reward_model.batch", requirement)
+
+
+def template_options(text: str | None) -> dict[str, Any]:
+    """Returns the value of --template.options; raises SettingError if it is not a JSON object."""
+    try:
+        options = json.loads(text or "{}")
+    except ValueError:
+        options = None
+    if not isinstance(options, dict):
+        raise SettingError(
+            f"--template.options is {text!r}; it must be a JSON object, such as "
+            """'{"enable_thinking": false}'"""
+        )
+    return options
+
+
+def check_template(settings: Any) -> None:
+    """Raises SettingError if --template.options is not a JSON object, or if a model with random weights has both."""
+    template_options(settings.template.options)
+    if is_architecture(model := _found(settings, "model")):
+        default = dataclasses.replace(settings, template=type(settings.template)())
+        why = f"with --model {model}, whose chat template has no variables"
+        refuse_changed(settings, default, [(("template",), why)])
 
 
 def check_log(settings: RunSettings) -> None:
@@ -302,6 +330,8 @@ def check_stage(settings: Any) -> None:
         if settings.lora.rank is None:
             refuse_changed(settings, dataclasses.replace(settings, lora=Lora()), [(("lora",), "without --lora.rank")])
         require(not (settings.steps and settings.epochs != 1), settings, "epochs", "left out with --steps")
+    if _found(settings, "template") is not None:
+        check_template(settings)
     mesh_settings.check(settings)
 
 

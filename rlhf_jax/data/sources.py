@@ -211,13 +211,17 @@ def _contained(document: Any) -> list[Any] | None:
     return data if isinstance(data, list) and data and isinstance(data[0], dict) else None
 
 
+_FORMATS = "the file does not look like JSON Lines, JSON or Parquet, the formats that are read (docs/data.md)"
+
+
 def _json_lines(lines: Iterable[bytes], name: str, fields: str) -> Iterator[RawRecord]:
     for n, line in enumerate(lines, start=1):
         location = errors.location(name, n)
         try:
             record = _parse_json(line, "line")
         except errors.DataError as error:
-            raise errors.DataError(f"{location}: {error}") from None
+            kind = f"; {_FORMATS}" if n == 1 and not line.lstrip().startswith(b"{") else ""
+            raise errors.DataError(f"{location}: {error}{kind}") from None
         if not isinstance(record, dict):
             kind = type(record).__name__
             raise errors.DataError(f"{location}: the line has type {kind}; it must be an object with {fields}")

@@ -450,7 +450,7 @@ def metrics_text(metrics: Mapping[str, Any], *, most: int = 4) -> str:
     for name in (*(first for first in _FIRST if first in metrics), *(each for each in metrics if each not in _FIRST)):
         interval = results_lib.interval(metrics[name])
         if interval is not None and name not in ("stage", "step"):
-            parts.append(f"{name.replace('_', ' ')} {interval.mean:.4g}")
+            parts.append(f"{name.replace('_', ' ')} {results_lib.number_text(interval.mean)}")
     return " · ".join(parts[:most])
 
 

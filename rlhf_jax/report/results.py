@@ -129,7 +129,18 @@ def finite(value: Any) -> Interval | None:
 
 def label(policy: str) -> str:
     """Returns the display name of a policy or a stage."""
-    return (POLICIES | DIRECT_METHODS).get(policy, policy.replace("_", " "))
+    # Names with a space, such as "sample sft_a", contain names that users chose, which are kept.
+    return (POLICIES | DIRECT_METHODS).get(policy, policy if " " in policy else policy.replace("_", " "))
+
+
+def number_text(number: float) -> str:
+    """Returns a number with at least four digits, and with thousands separators instead of an exponent.
+
+    >>> from rlhf_jax.report import results
+    >>> [results.number_text(each) for each in (18794.6, 999.96, 21.812, 0.00002)]
+    ['18,795', '1,000', '21.81', '2e-05']
+    """
+    return f"{number:,.0f}" if abs(number) >= 999.95 else f"{number:.4g}"
 
 
 def policies(results: Mapping[str, Any]) -> list[str]:

@@ -89,6 +89,15 @@ def test_unreadable_files_raise_a_one_sentence_error(tmp_path, monkeypatch):
     content = (tmp_path / "ok.parquet").read_bytes()
     (tmp_path / "cut.parquet").write_bytes(content[: len(content) // 2])
     expect_error(tmp_path / "cut.parquet", r"cut\.parquet, row 1: the Parquet file cannot be read")
+    for name, content in (
+        ("t.txt", b"a text\n"),
+        ("b.bin", b"\x00\x01\xff"),
+        ("m.safetensors", b"\x08" + bytes(7) + b"{}"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        expect_error(
+            tmp_path / name, r"line 1: .*; the file does not look like JSON Lines, JSON or Parquet, the formats"
+        )
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     expect_error(tmp_path / "ok.parquet", r"needs pyarrow; install it with pip install -e '\.\[parquet\]'")
 

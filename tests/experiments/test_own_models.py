@@ -5,9 +5,18 @@ import pathlib
 import subprocess
 import sys
 
+import dpo
+import evaluate
+import instructgpt
 import launch
+import ppo
 import pytest
+import reward_model
+import sample
+import sft
 from finetune import demonstrations as demonstrations_lib
+from launch import run_folder
+from launch.run_settings import SettingError
 
 from rlhf_jax import lm
 from rlhf_jax.data import errors
@@ -22,6 +31,24 @@ def command(script: str, *arguments: object, status: int = 0) -> str:
     )
     assert done.returncode == status, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("text", ["{bad", "[1]", "3"])
+def test_broken_template_options_are_refused_before_anything_is_loaded(text):
+    for script, flags in (
+        (sft, "--model tiny --data.path F"),
+        (sft, "--model M --data.path F"),
+        (ppo, "--policy P --prompts F --reward f:g"),
+        (dpo, "--model M --data.path F"),
+        (reward_model, "--model M --data.path F --folds 5"),
+        (instructgpt, "--model M"),
+        (sample, "--model M --prompts F"),
+        (evaluate, "--policies A B --prompts F --reward f:g"),
+    ):
+        with pytest.raises(SettingError, match=r"--template\.options is .*; it must be a JSON object"):
+            script.parse([*flags.split(), "--template.options", text])
+    with pytest.raises(SettingError, match=r"--template\.options has no effect with --model tiny, whose chat template"):
+        sft.parse(["--model", "tiny", "--data.path", "F", "--template.options", '{"a": 1}'])
 
 
 @pytest.fixture(scope="session")
@@ -40,6 +67,43 @@ def demonstrations(tmp_path_factory) -> pathlib.Path:
     ]
     path.write_text("\n".join(map(json.dumps, records)))
     return path
+
+
+def test_widths_and_shares_that_leave_nothing_are_named(demonstrations, tmp_path):
+    for flags, message in (
+        (
+            ("--data.width", 4),
+            "64 of 64 conversations have no room for an answer in a width of 4 tokens; raise --data.width",
+        ),
+        (
+            ("--data.held-out", 0.999),
+            "--data.held-out is 0.999, which leaves none of 64 conversations to train on; lower it",
+        ),
+    ):
+        given = ("--model", "tiny", "--data.path", demonstrations, "--data.vocab-size", 300, "--out", tmp_path / "run")
+        with pytest.raises((SettingError, errors.DataError)) as caught:
+            sft.run(sft.parse([str(each) for each in (*given, *flags)]))
+        assert str(caught.value) == message
+    assert not (tmp_path / "run").exists()
+
+
+def test_resuming_with_other_settings_names_the_flags_that_differ(tmp_path):
+    run_folder.create(
+        tmp_path / "run", sft.parse(["--model", "tiny", "--data.path", "F", "--out", str(tmp_path / "run")])
+    )
+    resume = ["--resume", str(tmp_path / "run")]
+    assert sft.parse([*resume, "--mesh.data", "1"]).resume == resume[1]
+    start = f"--resume {resume[1]} takes all settings from its config.json; leave out "
+    for flags, message in (
+        (("--data.width", "9", "--seed", "3"), "--seed and --data.width (only --mesh.* may differ)"),
+        (
+            ("--steps", "9"),
+            "--steps (only --mesh.* may differ); to train for longer, start a new run whose model is the",
+        ),
+    ):
+        with pytest.raises(SettingError) as caught:
+            sft.parse([*resume, *flags])
+        assert str(caught.value).startswith(start + message)
 
 
 @pytest.fixture(scope="session")
@@ -76,6 +140,8 @@ def test_sft_lowers_the_held_out_loss_and_saves_a_model_that_commands_accept(sft
     )
     again = json.loads((tmp_path / "more" / "results.json").read_text())
     assert again["held_out_loss"]["before"][0] == pytest.approx(after[0], rel=0.01), "the saved model"
+    assert "stage 2/2 evaluate done: 2 steps in" in text
+    assert "58 training conversations, 6 held-out conversations" in text
     assert "bfloat16" in text and "already finished" in command("sft.py", "--resume", tmp_path / "more")
 
 

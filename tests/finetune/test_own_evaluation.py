@@ -1,8 +1,10 @@
 """The commands that sample from a user's own models and evaluate them, on tiny models."""
 
+import dataclasses
 import functools
 import json
 import pathlib
+import shutil
 import types
 from typing import Any
 
@@ -231,6 +233,9 @@ def test_a_reward_function_is_loaded_from_a_module_or_a_file(tmp_path, monkeypat
         "def one(prompts, responses):\n    return 1.0\n"
         "def bad(prompts, responses):\n    return [float('nan') for _ in prompts]\n"
         "def column(prompts, responses, *, records):\n    return [each['weight'] for each in records]\n"
+        "def nothing(prompts, responses):\n    return [None for _ in prompts]\n"
+        "def leave(prompts, responses):\n    import sys\n    sys.exit(3)\n"
+        "def alone(prompts):\n    return [0.0 for _ in prompts]\n"
     )
     monkeypatch.chdir(tmp_path)
     prompt = [{"role": "user", "content": "tea"}]
@@ -240,8 +245,18 @@ def test_a_reward_function_is_loaded_from_a_module_or_a_file(tmp_path, monkeypat
     with_records = reward_functions.load("own_rewards:column")([prompt], ["a"], [{"weight": 7}])
     np.testing.assert_array_equal(with_records, [7])
     error = run_folder.SettingError
-    with pytest.raises(error, match=r"failed on 1 answer: KeyError: 'weight' \(.*own_rewards.py, line 8: "):
+    with pytest.raises(error, match=r"failed on 1 answer: KeyError: 'weight' \(.*own_rewards.py, line 8: .*no other"):
         reward_functions.load("own_rewards:column")([prompt], ["a"], [{}])
+    with pytest.raises(error, match=r"KeyError: 'weight' \(.*\); the columns of the prompts are 'height', 'mass'$"):
+        reward_functions.load("own_rewards:column")([prompt], ["a"], [{"mass": 1, "height": 2}])
+    with pytest.raises(error, match="returned None for answer 0; it must"):
+        reward_functions.load("own_rewards:nothing")([prompt], ["a"], [{}])
+    with pytest.raises(error, match=r"failed on 1 answer: SystemExit: 3 \(.*own_rewards.py, line 13: "):
+        reward_functions.load("own_rewards:leave")([prompt], ["a"], [{}])
+    with pytest.raises(
+        error, match=r"called with \(prompts, answers\), .* and with records and tokens if it has such "
+    ):
+        reward_functions.RewardFunction("own_rewards:alone")
     with pytest.raises(error, match=r"returned 1\.0 for 2 answers; it must return one finite number for each answer$"):
         reward_functions.load("own_rewards:one")([prompt] * 2, ["a", "b"], [{}] * 2)
     with pytest.raises(error, match="returned nan for the answer 'a'"):
@@ -254,6 +269,21 @@ def test_a_reward_function_is_loaded_from_a_module_or_a_file(tmp_path, monkeypat
     ):
         with pytest.raises(run_folder.SettingError, match=message):
             reward_functions.load(text, flag="--reward")
+
+
+def test_columns_that_only_the_functions_read_are_not_called_unused(tmp_path):
+    (tmp_path / "f.py").write_text("def plain(p, a):\n    return a\ndef reads(p, a, records):\n    return a\n")
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "tea", "solution": "milk tea", "notes": ["salt and rice"]}\n')
+    for kind in (reward_functions.load, reward_functions.RewardFunction):
+        plain, reads = (kind(f"{tmp_path / 'f.py'}:{name}") for name in ("plain", "reads"))
+        for functions, remark, left in (
+            ([plain], "", {"solution": 1, "notes": 1}),
+            ([plain, reads], "kept for the reward functions, not shown to the model: 'solution'", {"notes": 1}),
+        ):
+            found, counts = readers.read_prompts(path)
+            assert reward_functions.note_of_read_columns(functions, counts, found) == remark
+            assert counts.unused == left
 
 
 NOT_CALLABLE = """
@@ -468,6 +498,27 @@ def test_evaluate_writes_a_report_with_all_numbers(compared, capsys):
     shown = capsys.readouterr().out
     for words in ("wins vs baseline, %", "KL, nats per answer", "score, own.py:length", "policy-10"):
         assert words in shown
+
+
+def test_evaluate_names_the_number_formats_and_is_no_model(
+    policies, prompts, reward_model, tmp_path, monkeypatch, capsys
+):
+    half = tmp_path / "half"
+    shutil.copytree(policies[0], half)
+    config = json.loads((half / "config.json").read_text())
+    (half / "config.json").write_text(json.dumps(config | {"rlhf_jax": config["rlhf_jax"] | {"dtype": "bfloat16"}}))
+    monkeypatch.setattr(evaluate.console, "StageProgress", lambda *_, **__: 1 / 0)
+    for dtype, text in (
+        (None, f"computing in float32 ({policies[0]}, {reward_model}) and bfloat16 ({half}), with parameters in"),
+        ("bfloat16", "computing in bfloat16, with parameters in float32 (--compute.dtype)"),
+    ):
+        given = {"policies": (policies[0], str(half)), "prompts": prompts, "reward_model": (reward_model,)}
+        made = evaluation(tmp_path, **given, compute=evaluate.sampling_settings.Compute(dtype=dtype))
+        with pytest.raises(ZeroDivisionError):
+            evaluate.run(dataclasses.replace(made, out=str(tmp_path / f"out-{dtype}")))
+        assert text in capsys.readouterr().out
+    with pytest.raises(run_folder.SettingError, match=r"it is a run of evaluate\.py, which has no model"):
+        initial_model.check(str(tmp_path / "out-None"), kind=initial_model.REWARD_MODEL)
 
 
 def test_evaluate_joins_files_of_samples_by_prompt(compared, reward_model, tmp_path):

@@ -13,12 +13,13 @@ import numpy as np
 import ppo
 import pytest
 import word_models
-from finetune import policy_data, policy_rewards, policy_settings, reward_functions
+from finetune import policy_data, policy_rewards, policy_samples, policy_settings, reward_functions
 from launch import initial_model, process_setup, run_folder
 from launch.run_settings import SettingError
 
 from rlhf_jax import generation, lm
 from rlhf_jax.data import errors
+from rlhf_jax.diagnostics import alarms
 
 WORDS = ("tea", "milk", "bread", "salt", "rice", "fish", "corn", "plum", "papaya", "yes")
 SHORT = ("--max-new-tokens", 6, "--ppo.batch", 16, "--ppo.iterations", 3, "--show-every", 0, "--held-out", 0.25)
@@ -139,6 +140,10 @@ def test_a_run_is_not_resumed_with_other_code_of_its_rewards(files, tmp_path, mo
             ppo.run(resumed)
         assert "\n" not in str(caught.value)
         (tmp_path / name).write_text(code)
+    (tmp_path / "a.py").unlink()
+    with pytest.raises(SettingError, match=r"a\.py does not exist; restore it or start a new run with --out"):
+        run_folder.check_inputs_unchanged(str(tmp_path / "run"), resumed)
+    (tmp_path / "a.py").write_text(code)
     shutil.copytree(files["reward"], tmp_path / "other")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     config["reward_model"] = [str(tmp_path / "other")]
@@ -241,6 +246,15 @@ def test_equal_prompts_are_kept_with_the_columns_of_each(files, tmp_path):
     np.testing.assert_array_equal(rollout.tokens_BL[:, 12:], same.tokens_BL[:, 12:])
 
 
+def test_the_split_is_printed_and_too_few_training_prompts_are_a_warning(files, tmp_path, capsys):
+    ppo.run(settings(files, tmp_path / "run", "--held-out", 0.97, "--ppo.iterations", 1))
+    printed = " ".join(capsys.readouterr())
+    assert "data: 1 training prompt, 39 held-out prompts;" in printed
+    assert "39 of 40 prompts are held out, so the policy is trained on 1; lower --held-out" in printed
+    with pytest.raises(SettingError, match=r"--held-out is 0\.99, which leaves none of 40 prompts to train"):
+        ppo.run(settings(files, tmp_path / "none", "--held-out", 0.99))
+
+
 def test_rows_of_the_pretraining_loss(files, tmp_path):
     fmt = initial_model.load(files["policy"], flag="--policy").fmt
     demonstrations, text = tmp_path / "d.jsonl", tmp_path / "t.txt"
@@ -283,15 +297,33 @@ def test_models_with_other_tokens_are_refused(files, tmp_path):
         ppo.run(settings(files, tmp_path / "run", "--reward-model", files["foreign"]))
     with pytest.raises(SettingError, match="not a reward model"):
         ppo.run(settings(files, tmp_path / "run", "--reward-model", files["policy"]))
+    with pytest.raises(errors.DataError, match=r"no prompt is left \(.*\); --prompt-width is 2: raise it"):
+        ppo.run(settings(files, tmp_path / "run", "--prompt-width", 2))
     with pytest.raises(SettingError, match="must be below 64"):
         ppo.run(settings(files, tmp_path / "run", "--max-new-tokens", 70))
+
+
+def test_the_alarm_of_unfinished_answers_names_its_flags():
+    message = alarms.unfinished_answers([{"step": 1, "stopped": 0.0}])
+    assert message is not None and ppo._with_flags(message).endswith(
+        " (flags: --max-new-tokens and --ppo.missing-stop-score)"
+    )
+    assert ppo._with_flags("KL is negative") == "KL is negative"
+
+
+def test_names_of_functions_keep_their_underscores():
+    policy = {"reward": 1.0, "reward_each_a": 2.0, "reward_model": 3.0, "length": 4.0, "stopped": 1.0}
+    policies = {"initial_policy": policy, "trained_policy": policy | {"win_rate": 0.5, "kl": 0.0}}
+    results = {"policies": policies, "reward_change": 0.0, "iterations": 1, "tokens_per_second": None}
+    names = [name for name, _ in policy_samples.table(results)]
+    assert "reward each_a before" in names and "reward each_a after" in names and "reward model after" in names
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (("--reward-weights", 1, 2), "the number of --reward-weights is 2; it must be 1, the number of rewards"),
-        (("--no-normalise",), "--normalise has no effect without --reward-model"),
+        (("--no-normalise",), "--no-normalise has no effect without --reward-model"),
         (("--ppo.ptx-coef", 2), "--ppo.ptx-coef has no effect without --ptx"),
         (("--ppo.value-coef", 2), "--ppo.value-coef has no effect with a separate critic"),
         (("--ppo.method", "reinforce", "--critic", "new-head"), "--critic has no effect with --ppo.method reinforce"),

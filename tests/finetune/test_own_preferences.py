@@ -283,6 +283,41 @@ def test_invalid_settings_are_refused_by_flag(script, flags, message):
         script.parse(["--model", "MODEL", "--data.path", "FILE", *flags])
 
 
+@pytest.mark.parametrize(
+    ("script", "flags", "message"),
+    [
+        (reward_model, "--model M --steps 2", "--steps needs --data.path; add it"),
+        (reward_model, "--data.path F --lora.rank=2", "--lora.rank needs --model; add it"),
+        (reward_model, "--no-packing", "--no-packing needs --model and --data.path; add them"),
+        (
+            reward_model,
+            "--model M --data.path F --steps 2 --folds 5",
+            "--steps has no effect with --folds; leave out one",
+        ),
+        (dpo, "--model M --max_grad_norm 2", "--max-grad-norm needs --data.path; add it"),
+        (
+            dpo,
+            "--model M --data.path F --lora.rank 2 --rounds 2",
+            "--lora.rank has no effect with --rounds; leave out one",
+        ),
+    ],
+)
+def test_flags_of_own_data_name_what_they_need(script, flags, message):
+    with pytest.raises(SettingError, match=f"^{message}"):
+        script.parse(flags.split())
+
+
+@pytest.mark.parametrize("script", [reward_model, dpo])
+def test_a_model_without_data_is_a_warning(script, tmp_path, monkeypatch, capsys):
+    (tmp_path / "own").mkdir()
+    monkeypatch.setattr(script, "Console", lambda: 1 / 0)
+    for model, warned in ((tmp_path / "own", True), ("tiny", False)):
+        with pytest.raises(ZeroDivisionError):
+            script.run(script.parse(["--model", str(model)]))
+        text = capsys.readouterr().err
+        assert ("warning: --data.path is missing" in text) == warned and ("add --data.path FILE" in text) == warned
+
+
 def test_other_commands_of_the_scripts_keep_their_settings(capsys):
     assert not isinstance(reward_model.parse(["--data.path", "FILE"]), preference_settings.OwnRewardSettings)
     assert isinstance(dpo.parse(["--model", "M", "--data.path", "F", "--rounds", "2"]), dpo.DPOSettings)

@@ -1,5 +1,6 @@
 """An unusable --out or --resume gives one sentence that says what to do."""
 
+import json
 import os
 
 import pytest
@@ -18,6 +19,42 @@ def test_address_is_not_a_folder():
     assert refused(run_folder.free_folder, "gs://bucket/run", kind="sft") == f"--out gs://bucket/run {advice}"
     assert refused(config_file.read, "s3://bucket/run") == f"--resume s3://bucket/run {advice}"
     assert refused(initial_model.load, "gs://bucket/model") == f"--model gs://bucket/model {advice}"
+
+
+def test_what_is_not_the_folder_of_a_run_or_of_a_model_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert (
+        refused(config_file.read, f"{tmp_path}/file") == f"--resume {tmp_path}/file is a file; give the folder of a run"
+    )
+    text = refused(initial_model.check, f"{tmp_path}/file")
+    assert text == f"--model {tmp_path}/file is a file; give the folder of a model or of a run"
+    for name, values in (
+        ("run", {"command": "sft", "version": config_file.VERSION}),
+        ("run/model", {"model_type": "gpt2"}),
+        ("judged", {"command": "evaluate", "policies": []}),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(values))
+    run, judged = tmp_path / "run", tmp_path / "judged"
+    text = f"--resume {run}/model is the folder of a model, not of a run; did you mean --resume {run}?"
+    assert refused(config_file.read, f"{run}/model") == text
+    assert (
+        refused(config_file.read, str(judged)) == f"--resume {judged} is a run of evaluate.py, which cannot be resumed"
+    )
+    text = f"cannot use --model {judged}: it is a run of evaluate.py, which has no model"
+    assert refused(initial_model.check, str(judged)) == text
+    text = "--model tinyy does not exist; give a folder or, for random weights, one of tiny, gpt2, pythia-1b, "
+    assert refused(initial_model.check, "tinyy") == text + "llama-3-8b, llama-3-70b"
+    assert refused(initial_model.check, "a/b/c", flag="--policy") == "--policy a/b/c does not exist; give a folder"
+
+
+def test_folder_that_cannot_be_created(tmp_path, monkeypatch):
+    def mkdir(self, **options):
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(type(tmp_path), "mkdir", mkdir)
+    text = "cannot write to --out /proc/foo: no folder can be created there; give another folder"
+    assert refused(run_folder.create_folder, type(tmp_path)("/proc/foo"), {}) == text
 
 
 def test_folder_below_a_file(tmp_path):

@@ -12,8 +12,8 @@ import real_run
 from html_page import Page
 
 from rlhf_jax import report
+from rlhf_jax.report import console, plots
 from rlhf_jax.report import page as page_lib
-from rlhf_jax.report import plots
 from rlhf_jax.report import results as results_lib
 
 
@@ -45,6 +45,13 @@ def full_text(tmp_path_factory):
     settings = {"seed": 3, "ppo": {"kl_coef": 0.02, "note": "<b>"}}
     report.write_report(path, full_results(), full_metrics(), title="A title & more", settings=settings)
     return path.read_text(encoding="utf-8")
+
+
+def test_large_numbers_have_separators_and_names_that_users_chose_are_kept():
+    assert console.metrics_text({"tokens_per_second": 18794.6, "learning_rate": 2e-5}) == (
+        "tokens per second 18,795 · learning rate 2e-05"
+    )
+    assert results_lib.label("sample sft_bf") == "sample sft_bf" and results_lib.label("sft_more") == "sft more"
 
 
 def test_the_page_contains_policies_and_numbers(full_text):

@@ -100,9 +100,9 @@ CLAIM = Claim(
     paper="Ouyang et al. 2022, Figures 33 and 34",
     claim="A pretraining loss fixes the regressions with little loss of reward; raising the KL penalty cannot.",
     published="weights of 20 and more fix them; KL coefficients up to 2, 100 times the default, do not",
-    differs="The regression is that of the loss on text, not of benchmarks. The weights are not those of the paper, since "
-    "the losses are normalised differently. With the largest KL penalty, a policy hardly differs from the SFT model, so "
-    "the second statistic is about penalties that leave half of the gain.",
+    differs="The regression is that of the loss on text, not of benchmarks. The weights are not those of the paper, "
+    "since the losses are normalised differently. With the largest KL penalty, a policy hardly differs from the SFT "
+    "model, so the second statistic is about penalties that leave half of the gain.",
     measure=measure,
     decide=decide,
     plot=plot,
