@@ -447,8 +447,8 @@ _FIRST = ("reward", "kl", "length", "stopped", "loss", "margin", "accuracy", "le
 def metrics_text(metrics: Mapping[str, Any], *, most: int = 4) -> str:
     """Formats ``most`` numbers of a metrics record in one line: reward, KL and losses first, then others in order."""
     parts = []
-    for name in (*(first for first in _FIRST if first in metrics), *(each for each in metrics if each not in _FIRST)):
-        interval = results_lib.interval(metrics[name])
+    for name, metric in sorted(metrics.items(), key=lambda each: (*_FIRST, each[0]).index(each[0])):
+        interval = results_lib.interval(metric)
         if interval is not None and name not in ("stage", "step"):
             parts.append(f"{name.replace('_', ' ')} {results_lib.number_text(interval.mean)}")
     return " · ".join(parts[:most])
