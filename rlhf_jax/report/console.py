@@ -440,7 +440,7 @@ class StageProgress:
         return Group(line, Text(self._metrics, style="dim", no_wrap=True, overflow="ellipsis"))
 
 
-_FIRST = ("reward", "kl", "length", "stopped", "loss", "margin", "accuracy", "learning_rate")
+_FIRST = ("reward", "kl", "length", "stopped", "loss", "margin", "accuracy")
 """Metrics that the progress shows before others."""
 
 
