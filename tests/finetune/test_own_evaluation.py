@@ -508,10 +508,11 @@ def test_evaluate_names_the_number_formats_and_is_no_model(
     config = json.loads((half / "config.json").read_text())
     (half / "config.json").write_text(json.dumps(config | {"rlhf_jax": config["rlhf_jax"] | {"dtype": "bfloat16"}}))
     monkeypatch.setattr(evaluate.console, "StageProgress", lambda *_, **__: 1 / 0)
-    for dtype, text in (
+    cases: list[tuple[Any, str]] = [
         (None, f"computing in float32 ({policies[0]}, {reward_model}) and bfloat16 ({half}), with parameters in"),
         ("bfloat16", "computing in bfloat16, with parameters in float32 (--compute.dtype)"),
-    ):
+    ]
+    for dtype, text in cases:
         given = {"policies": (policies[0], str(half)), "prompts": prompts, "reward_model": (reward_model,)}
         made = evaluation(tmp_path, **given, compute=evaluate.sampling_settings.Compute(dtype=dtype))
         with pytest.raises(ZeroDivisionError):
