@@ -115,6 +115,9 @@ def _run_claims(settings: ClaimsSettings, folder: pathlib.Path, out: Console) ->
         def on_done(each: runner.Work, result: runner.Done) -> None:
             done[each] = result
             progress.advance(bar)
+            if not progress.console.is_terminal:  # which shows no bar
+                took = f"{result.seconds:.0f} s, and {result.shared_seconds:.0f} s for shared stages"
+                progress.console.print(f"{len(done)} of {len(work)}: {each}, {took}", soft_wrap=True)
             own = [runner.Work(each.claim, seed) for seed in seeds]
             if all(other in done for other in own):
                 claim = catalogue.CLAIMS[each.claim]
