@@ -9,6 +9,7 @@ import multiprocessing.connection
 import os
 import pathlib
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -91,12 +92,13 @@ def measure_all(
             process.kill()  # stored results are written atomically
             process.join()
     if failed:
-        raise RuntimeError("\n".join(failed))
+        raise RuntimeError("\n".join(sorted(failed)))
 
 
 def _serve(connection: Any, core: int | None, store: pathlib.Path, quick: bool) -> None:
     """Measures what it is sent, on one core, so that processes do not disturb each other."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process stops this one
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if core is not None:
         os.sched_setaffinity(0, {core})
     import jax
@@ -112,6 +114,14 @@ def _serve(connection: Any, core: int | None, store: pathlib.Path, quick: bool) 
             connection.send(measure(each, store=store, quick=quick))
         except Exception:
             connection.send(traceback.format_exc())
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the first one ends, even if it was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def measure(work: Work, *, store: pathlib.Path, quick: bool) -> Done:

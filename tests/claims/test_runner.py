@@ -1,7 +1,11 @@
 """Claims are measured in other processes, and what is stored is not measured again."""
 
 import json
+import os
 import pathlib
+import subprocess
+import sys
+import time
 
 import claims
 import pytest
@@ -54,3 +58,18 @@ def test_a_claim_is_measured_once_and_reported(tmp_path, monkeypatch):
 def test_a_failure_in_another_process_is_reported_after_the_others_are_done(tmp_path):
     with pytest.raises(RuntimeError, match=r"(?s)C00 with seed 7 failed: .*KeyError: 'C00'.*C00 with seed 8 failed"):
         run_quickly(tmp_path, [runner.Work("C00", 7), runner.Work("C00", 8)], processes=2)
+
+
+def test_other_processes_end_when_the_first_is_killed(tmp_path):
+    code = "import pathlib; from claims import runner\nif __name__ == '__main__':\n"
+    code += f"    work = [runner.Work('C09', 100)]; store = pathlib.Path({str(tmp_path)!r})\n"
+    code += "    runner.measure_all(work, store=store, quick=True, processes=1, on_done=print)\n"
+    (tmp_path / "first.py").write_text(code)
+    paths = os.pathsep.join((str(pathlib.Path(claims.__path__[0]).parent), os.environ.get("PYTHONPATH", "")))
+    first = subprocess.Popen([sys.executable, tmp_path / "first.py"], env=os.environ | {"PYTHONPATH": paths})
+    children = pathlib.Path(f"/proc/{first.pid}/task/{first.pid}/children")
+    waited = (time.sleep(0.1) for _ in range(600))
+    others = next(found for _ in waited if (found := children.read_text().split()))
+    first.kill()
+    first.wait()
+    assert any(not any(pathlib.Path(f"/proc/{each}/exe").exists() for each in others) for _ in waited)
