@@ -291,10 +291,10 @@ def _run_world(settings: StudySettings, job: jobs.Job, folder: run_folder.RunFol
     job.progress.start("evaluate", 1 + len(policies))
     against = run_grid.sample_answers(job, shared, job.task.eval_prompts, shared.sft, seed=0)
     runs: dict[str, dict[float, list[dict[str, float]]]] = {}
-    for done, ((method, coef, seed), policy) in enumerate(policies.items()):
+    for done, ((method, coef, seed), policy) in enumerate(policies.items(), start=2):
         numbers = run_grid.measure(job, shared, job.task.eval_prompts, against, policy, seed=1 + seed)
         runs.setdefault(method, {}).setdefault(coef, []).append(numbers)
-        job.progress.update("evaluate", 1 + done, 1 + len(policies))
+        job.progress.update("evaluate", done, 1 + len(policies))
     job.progress.finish("evaluate")
     lines = [study_results.line(*each) for each in runs.items()]
     return {

@@ -84,6 +84,7 @@ def evaluate(
     if settings.temperature is not None:
         results["temperature"] = {"policies": settings.temperature, "best_of_n": job.settings.ppo.temperature}
     results["held_out"] = {"prompts": len(prompts), "asked": len(np.unique(asked_B))}
+    job.progress.update("evaluate", len(policies) + 2, len(policies) + 2)
     job.progress.finish("evaluate")
     return results
 
