@@ -35,18 +35,45 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
 
 
 def markdown(results: Sequence[dict[str, Any]]) -> str:
-    """Returns the compact table in Markdown, one row per claim."""
-    lines = ["| claim | paper | verdict | effect (95 % interval) |", "|---|---|---|---|"]
-    lines += [
-        f"| {each['id']}: {each['claim']} | {each['paper']} | {each['verdict']} | {interval_text(each)} |"
-        for each in results
-    ]
-    return "\n".join(lines) + "\n"
+    """Returns the table in Markdown, one row per statistic, with the dates and commits of the results."""
+    lines = ["| claim | verdict | statistic | value (95 % interval) | the paper |", "|---|---|---|---|---|"]
+    for each in results:
+        for number, part in enumerate(each["parts"]):
+            claim, verdict, published = f"{each['id']}: {each['claim']}", each["verdict"], each["published"]
+            first = (claim, verdict, published) if number == 0 else ("", "", "")
+            mark = "" if part["verdict"] == each["verdict"] else f" ({part['verdict']})"
+            lines.append(
+                f"| {first[0]} | {first[1]} | {part['statistic']}{mark} | {interval_text(part)} | {first[2]} |"
+            )
+    return "\n".join([*lines, "", f"{origin(results)}\n"])
+
+
+def compact(results: Sequence[dict[str, Any]]) -> str:
+    """Returns a table in Markdown with one row per verdict."""
+    lines = ["| verdict | claims |", "|---|---|"]
+    for verdict in COLORS:
+        if ids := [each["id"] for each in results if each["verdict"] == verdict]:
+            lines.append(f"| {verdict} | {len(ids)}: {', '.join(ids)} |")
+    return "\n".join([*lines, "", f"{origin(results)}\n"])
+
+
+def origin(results: Sequence[dict[str, Any]]) -> str:
+    """Returns the seeds, dates and commits of results, in a sentence."""
+    seeds, dates, commits = (
+        ", ".join(sorted({str(of(each)) for each in results}))
+        for of in (
+            lambda each: f"{each['seeds'][0]} to {each['seeds'][-1]}",
+            lambda each: each["date"],
+            lambda each: each["commit"],
+        )
+    )
+    return f"Seeds {seeds}; {dates}; commit {commits}."
 
 
 def write(folder: pathlib.Path, results: Sequence[dict[str, Any]]) -> pathlib.Path:
-    """Writes report.html and table.md; returns the path of the report."""
+    """Writes report.html, table.md and compact.md; returns the path of the report."""
     (folder / "table.md").write_text(markdown(results))
+    (folder / "compact.md").write_text(compact(results))
     path = folder / "report.html"
     path.write_text(_page(folder, results))
     return path

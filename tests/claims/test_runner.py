@@ -46,7 +46,11 @@ def test_a_claim_is_measured_once_and_reported(tmp_path, monkeypatch):
     assert claim_results.read(tmp_path) == [decided]
     page = claim_report.write(tmp_path, [decided]).read_text()
     assert claim.claim in page and "<svg" in page and "verdicts mean nothing" in page
-    assert "| not shown |" in (tmp_path / "table.md").read_text()
+    table = (tmp_path / "table.md").read_text()
+    assert "| not shown |" in table and table.endswith(
+        "Seeds 100 to 100; " + decided["date"] + "; commit 0123456789.\n"
+    )
+    assert "| not shown | 1: C41 |" in (tmp_path / "compact.md").read_text()
 
     runner._trial.cache_clear()
     files = set((tmp_path / "store").rglob("*.pickle"))

@@ -25,7 +25,7 @@ from rlhf_jax.report import plots
 from rlhf_jax.simulation import labelers
 
 GROUPS = 5
-GROUP_SPREAD = 1.0
+GROUP_SPREAD = 0.6
 """Relative standard deviation of the groups' tastes; that within groups is --world.spread."""
 AGREEMENT = 0.73
 PROMPTS, BATCH = 320, 2
