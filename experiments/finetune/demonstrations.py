@@ -111,7 +111,7 @@ def encode(
             stage.drop("prompt too long")
     if (n := stage.dropped.get("prompt too long", 0)) > counts.max_dropped * len(found):
         raise errors.DataError(
-            f"{n} of {errors.counted(len(found), 'conversations')} have no room for an answer in a width of {width} "
+            f"{n} of {errors.counted(len(found), 'conversations')} leave no room for an answer within {width} "
             "tokens; raise --data.width"
         )
     counts.add(stage, records=len(found), source="demonstrations")

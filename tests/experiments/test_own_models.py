@@ -73,7 +73,7 @@ def test_widths_and_shares_that_leave_nothing_are_named(demonstrations, tmp_path
     for flags, message in (
         (
             ("--data.width", 4),
-            "64 of 64 conversations have no room for an answer in a width of 4 tokens; raise --data.width",
+            "64 of 64 conversations leave no room for an answer within 4 tokens; raise --data.width",
         ),
         (
             ("--data.held-out", 0.999),
