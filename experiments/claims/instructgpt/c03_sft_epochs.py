@@ -28,6 +28,8 @@ from rlhf_jax.train.optim import schedules
 EPOCHS = (1, 2, 4, 8, 16)
 DEMONSTRATIONS = 320
 HELD_OUT = 768
+SAMPLES = 4
+"""Answers per prompt, over which the score and the gold utility are averaged."""
 
 
 def measure(trial: Trial) -> Measured:
@@ -77,9 +79,9 @@ def test(
     rows = tasks.token_batch(trial.task.demonstrations, new_rows(prompts_BP, demonstrations)[-HELD_OUT:])
     found = {}
     for name, params in snapshots.items():
-        answers = ms.answer(trial, params, start, reward)
+        answers = [ms.answer(trial, params, start, reward, seed=number) for number in range(SAMPLES)]
         found[name] = {"loss": likelihood.mean_loss(trial, params, rows)}
-        found[name] |= {number: float(np.mean(answers[number])) for number in ("score", "gold")}
+        found[name] |= {axis: float(np.mean([each[axis] for each in answers])) for axis in ("score", "gold")}
     return found
 
 

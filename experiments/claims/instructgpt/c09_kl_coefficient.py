@@ -1,7 +1,7 @@
 """C09: the coefficient of the KL penalty has an interior optimum (Ouyang et al. 2022, Figure 36).
 
-Policies are trained with eight coefficients and otherwise the same settings, for the same number of iterations. Without
-a penalty, the policy over-optimises the reward model; with a large one, it stays close to the SFT model. The best
+Policies are trained with eight coefficients and otherwise the same settings, for the same number of iterations, against
+a reward model that has seen half of the comparisons. Without a penalty, the policy over-optimises the reward model; with a large one, it stays close to the SFT model. The best
 interior coefficient is chosen on the other seeds, so that the choice does not favour it.
 """
 
@@ -17,16 +17,18 @@ from claims.claim import Claim, Measured
 from claims.trial import Trial
 from rlhf_jax.report import plots
 
+PART = "first half"
+"""The comparisons on which the reward model is trained."""
 COEFS = (0.0, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 
 
 def measure(trial: Trial) -> Measured:
     """Trains a policy with each coefficient; returns gold utility, score and KL of each."""
     recipe = ms.Recipe(trial)
-    measured = {}
+    reward, measured = trial.result(ms.train_reward_model, recipe.start, recipe.compared, part=PART), {}
     for coef in COEFS[:: 4 if trial.quick else 1]:
-        policy = trial.result(ms.train_policy, recipe.start, recipe.reward, kl_coef=coef)
-        answers = trial.result(ms.answer, policy, recipe.start, recipe.reward).value
+        policy = trial.result(ms.train_policy, recipe.start, reward, kl_coef=coef)
+        answers = trial.result(ms.answer, policy, recipe.start, reward).value
         measured[f"{coef:g}"] = {name: float(np.mean(answers[name])) for name in ("gold", "score", "kl")}
     return measured
 

@@ -1,15 +1,17 @@
 """C17: the reward model that RL optimises and one trained on other comparisons part late (Bai et al. 2022, Fig. 4).
 
-The comparisons are split in halves. RL optimises the model of the first half without a KL penalty; the model of the
-second half scores the same answers. Their gains agree after 10 % of the run and differ at its end. The win rate against
-the SFT model that the scores imply, ``sigmoid(r - r_SFT)`` before normalisation, is then too high: the labelers, whose
-choices the model learnt to predict, prefer the policy's answers less often (Figure 35).
+The comparisons are split in halves. RL optimises the model of one half without a KL penalty; the model of the other
+half scores the same answers. Their gains agree after 10 % of the run and differ at its end. The win rate against the
+SFT model that the scores imply, ``sigmoid(r - r_SFT)`` before normalisation, is then too high: the labelers, whose
+choices the model learnt to predict, prefer the policy's answers less often (Figure 35). All numbers are averaged over
+two runs, in which the halves change places, so that a difference in scale between the two models does not count.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy import special
@@ -17,11 +19,13 @@ from scipy import special
 from claims import model_stages as ms
 from claims import trajectories, verdicts
 from claims.claim import Claim, Measured
+from claims.result_store import Result
 from claims.trial import Trial
 from rlhf_jax import diagnostics
 from rlhf_jax.report import plots
 from rlhf_jax.simulation import labelers
 
+HALVES = ("first half", "second half")
 AT = (0, 3, 6, 10, 16, 23, 30)
 EARLY = 1
 """Index of the checkpoint at 10 % of the run."""
@@ -29,14 +33,16 @@ EARLY = 1
 
 def measure(trial: Trial) -> Measured:
     """Returns the gain under each judge, and the win rate against SFT that it implies, at each checkpoint."""
-    recipe, at = ms.Recipe(trial), trajectories.iterations(trial, AT)
-    models = {
-        name: trial.result(ms.train_reward_model, recipe.start, recipe.compared, part=part)
-        for name, part in (("score", "first half"), ("test_score", "second half"))
-    }
-    run = trial.result(
-        trajectories.follow, recipe.start, models["score"], models["test_score"], at=at, kl_coef=0.0
-    ).value
+    recipe = ms.Recipe(trial)
+    models = [trial.result(ms.train_reward_model, recipe.start, recipe.compared, part=half) for half in HALVES]
+    runs = [one_run(trial, recipe, train, test) for train, test in (models, models[::-1])]
+    return jax.tree.map(lambda *numbers_C: np.mean(numbers_C, axis=0), *runs)
+
+
+def one_run(trial: Trial, recipe: ms.Recipe, train: Result, test: Result) -> Measured:
+    """Optimises ``train`` and returns what `measure` does, for this run."""
+    at = trajectories.iterations(trial, AT)
+    run = trial.result(trajectories.follow, recipe.start, train, test, at=at, kl_coef=0.0).value
     halves = diagnostics.split_halves(run["score"], run["test_score"])
     noise = jnp.float32(recipe.compared.value[1]["labeler_temperature"])
     assert trial.task.world is not None
@@ -46,8 +52,8 @@ def measure(trial: Trial) -> Measured:
     ]
     gold_C = trajectories.means(run)["gold"]
     return {
-        "train model": {"gain": halves.train, "win_rate": implied(run["score"], models["score"].value)},
-        "test model": {"gain": halves.test, "win_rate": implied(run["test_score"], models["test_score"].value)},
+        "train model": {"gain": halves.train, "win_rate": implied(run["score"], train.value)},
+        "test model": {"gain": halves.test, "win_rate": implied(run["test_score"], test.value)},
         "labelers": {"gain": (gold_C - gold_C[0]) / np.std(run["gold"][0]), "win_rate": np.array(chosen_C)},
     }
 

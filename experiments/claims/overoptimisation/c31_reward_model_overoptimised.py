@@ -1,7 +1,7 @@
 """C31: optimising the reward model first helps and then hurts (Stiennon et al. 2020, Figure 5 and Table 9).
 
 Policies are trained with several coefficients of the KL penalty against a reward model that has seen few comparisons,
-so each stops at another KL from the SFT model. Gold utility against the square root of the KL must bend down, with its
+so each stops at another KL from the SFT model; they are those of C09. Gold utility against the square root of the KL must bend down, with its
 maximum between the ends, while the score still rises. The coefficient with the highest gold utility is chosen on the
 other seeds, so that the choice does not favour it.
 """
@@ -15,21 +15,20 @@ import numpy as np
 from claims import model_stages as ms
 from claims import trajectories, verdicts
 from claims.claim import Claim, Measured
+from claims.instructgpt import c09_kl_coefficient
 from claims.trial import Trial
 from rlhf_jax.report import plots
-
-COEFS = (0.0, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-"""Those of C09, whose policies are used."""
 
 
 def measure(trial: Trial) -> Measured:
     """Returns gold utility, score and KL with each coefficient, as gains over the SFT model."""
     recipe = ms.Recipe(trial)
-    sft = trial.result(ms.answer, recipe.start, recipe.start, recipe.reward).value
+    reward = trial.result(ms.train_reward_model, recipe.start, recipe.compared, part=c09_kl_coefficient.PART)
+    sft = trial.result(ms.answer, recipe.start, recipe.start, reward).value
     measured = {}
-    for coef in COEFS[:: 3 if trial.quick else 1]:
-        policy = trial.result(ms.train_policy, recipe.start, recipe.reward, kl_coef=coef)
-        answers = trial.result(ms.answer, policy, recipe.start, recipe.reward).value
+    for coef in c09_kl_coefficient.COEFS[:: 3 if trial.quick else 1]:
+        policy = trial.result(ms.train_policy, recipe.start, reward, kl_coef=coef)
+        answers = trial.result(ms.answer, policy, recipe.start, reward).value
         measured[f"{coef:g}"] = {
             name: float(np.mean(answers[name], dtype=np.float64) - np.mean(sft[name], dtype=np.float64))
             for name in ("gold", "score", "kl")
