@@ -25,6 +25,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "evaluation": {"prompts": 512, "skills": 1200, "pretraining_rows": 128},
 }
 """Settings of the claims that differ from the defaults of instructgpt.py."""
+MANY_COMPARISONS: dict[str, dict[str, Any]] = {"comparisons": {"prompts": 3000}}
+"""Changes for claims that need a more accurate reward model."""
 QUICK: dict[str, dict[str, Any]] = {
     "net": {"layers": 1, "width": 32, "mlp": 64},
     "pretrain": {"documents": 2000, "steps": 20},

@@ -24,7 +24,7 @@ from rlhf_jax import types
 from rlhf_jax.report import plots
 from rlhf_jax.train.optim import schedules
 
-WORLDS = 192
+WORLDS = 160
 """Number of bandits per seed."""
 PAIRS = 256
 COEF = 0.3

@@ -28,7 +28,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "rate x 0.5": {"rate": 0.5},
     "rate x 1.5": {"rate": 1.5},
 }
-PROMPTS, BATCH = 240, 2
+PROMPTS, BATCH = 480, 2
 HELD_OUT = 400
 
 
@@ -103,7 +103,7 @@ CLAIM = Claim(
     claim="Batches of whole prompts avoid the overfitting of shuffled pairs; more epochs overfit; the learning rate "
     "matters little.",
     published="no numbers; validation accuracy and log-loss are much better; rates 50 % lower or higher do as well",
-    differs="240 prompts, two in a batch, instead of 33,000 and 64, ranked by simulated labelers. Batches have equal "
+    differs="480 prompts, two in a batch, instead of 33,000 and 64, ranked by simulated labelers. Batches have equal "
     "numbers of answers, not of pairs, and the learning rate is the same for shuffled pairs, which take about five "
     "times as many updates. Of one model, the log-loss varies by more than the limit for the learning rate.",
     measure=measure,

@@ -1,8 +1,12 @@
 """C09: the coefficient of the KL penalty has an interior optimum (Ouyang et al. 2022, Figure 36).
 
 Policies are trained with eight coefficients and otherwise the same settings, for the same number of iterations, against
-a reward model that has seen half of the comparisons. Without a penalty, the policy over-optimises the reward model; with a large one, it stays close to the SFT model. The best
-interior coefficient is chosen on the other seeds, so that the choice does not favour it.
+a reward model that has seen half of the comparisons. Without a penalty, the policy over-optimises the reward model;
+with a large one, it stays close to the SFT model. The best interior coefficient is chosen on the other seeds, so that
+the choice does not favour it.
+
+With a reward model of all comparisons, the claim was not shown with the seeds 0 to 4: policies without a penalty were
+not over-optimised in all worlds.
 """
 
 from __future__ import annotations

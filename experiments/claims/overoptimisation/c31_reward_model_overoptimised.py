@@ -1,9 +1,12 @@
 """C31: optimising the reward model first helps and then hurts (Stiennon et al. 2020, Figure 5 and Table 9).
 
 Policies are trained with several coefficients of the KL penalty against a reward model that has seen few comparisons,
-so each stops at another KL from the SFT model; they are those of C09. Gold utility against the square root of the KL must bend down, with its
-maximum between the ends, while the score still rises. The coefficient with the highest gold utility is chosen on the
-other seeds, so that the choice does not favour it.
+so each stops at another KL from the SFT model; they are those of C09. Gold utility against the square root of the KL
+must bend down, with its maximum between the ends, while the score still rises. The coefficient with the highest gold
+utility is chosen on the other seeds, so that the choice does not favour it.
+
+With a reward model of all comparisons, the claim was not shown with the seeds 0 to 4: policies without a penalty were
+not over-optimised in all worlds.
 """
 
 from __future__ import annotations
