@@ -162,7 +162,9 @@ def test_invalid_input_is_a_one_line_error_and_writes_nothing(model, judged, tmp
     assert "it is a language model" in refused(
         capsys, "--model", model[0].with_name("policy"), "--data.path", path, "--out", out
     )
-    assert "no model directory" in refused(capsys, "--model", tmp_path / "no", "--data.path", path, "--out", out)
+    assert "does not exist; give a folder" in refused(
+        capsys, "--model", tmp_path / "no", "--data.path", path, "--out", out
+    )
     assert "already contains files; give a new" in refused(capsys, *valid[:4], "--out", judged)
     assert "--batch is 0" in refused(capsys, *valid, "--batch", 0)
     assert "--data.max-dropped is 2.0" in refused(capsys, *valid, "--data.max-dropped", 2)
