@@ -113,7 +113,11 @@ def alignment_tax(rng, effect):
         "longer ppo": 0.5 - 0.2 * effect,
     }
     return {
-        name: {"skill_accuracy": skill + 0.01 * rng.normal(), "gold": rng.normal(size=4000)}
+        name: {
+            "skill_accuracy": skill + 0.01 * rng.normal(),
+            "pretraining_loss": 1.5 - skill + 0.01 * rng.normal(),
+            "gold": rng.normal(size=4000),
+        }
         for name, skill in skills.items()
     }
 

@@ -44,6 +44,7 @@ def decide(measured_S: Sequence[Measured]) -> list[verdicts.Part]:
     def difference(first: str, second: str, number: str = "skill_accuracy") -> np.ndarray:
         return np.array([each[first][number] - each[second][number] for each in measured_S])
 
+    more_loss_S = difference("longer ppo", "ppo", "pretraining_loss")
     wins_S = [
         diagnostics.win_outcomes(each["ppo_ptx"]["gold"], each["ppo"]["gold"], tie_tolerance=1e-5).mean()
         for each in measured_S
@@ -51,10 +52,7 @@ def decide(measured_S: Sequence[Measured]) -> list[verdicts.Part]:
     return [
         verdicts.below("skill accuracy of PPO − SFT", difference("ppo", "start")),
         verdicts.above("skill accuracy of PPO-ptx − PPO", difference("ppo_ptx", "ppo")),
-        verdicts.above(
-            "pretraining loss of PPO with twice the iterations − PPO",
-            difference("longer ppo", "ppo", "pretraining_loss"),
-        ),
+        verdicts.above("pretraining loss of PPO with twice the iterations − PPO", more_loss_S),
         verdicts.between("win rate of PPO-ptx against PPO, gold utility", wins_S, 0.45, 0.55),
     ]
 
