@@ -23,7 +23,13 @@ from claims.instructgpt import (
     c09_kl_coefficient,
     c10_learning_rates,
 )
-from claims.overoptimisation import c11_scaling, c18_reward_size, c25_best_of_k, c36_reward_scaling
+from claims.overoptimisation import (
+    c11_scaling,
+    c18_reward_size,
+    c25_best_of_k,
+    c36a_reward_size_and_beta,
+    c36b_data_or_epochs,
+)
 from recipe import tasks
 
 from rlhf_jax import losses, types
@@ -84,13 +90,18 @@ def reward_curves(rng, effect):
     return curves
 
 
-def reward_scaling(rng, effect):
-    curves = reward_curves(rng, effect)
-    largest = curves[model_stages.LARGEST]
-    quarter = {name: dict(largest, gold=largest["gold"] * (1 - 0.3 * effect)) for name in c36_reward_scaling.QUARTER}
-    for curve in quarter.values():
-        curve["gold"] = curve["gold"] + 0.004 * rng.normal() * curve["proxy"]
-    return curves | quarter
+def reward_sizes_in_rl(rng, effect):
+    d, arms = np.linspace(0, 4, 12), {}
+    for place, size in enumerate((*reward_sizes.SIZES, model_stages.LARGEST)):
+        bend = 0.06 - 0.01 * effect * place
+        gain = d * (0.1 - bend * np.log(np.maximum(d, 1e-3))) + 0.001 * rng.normal(size=len(d)) * d
+        arms[size] = {"kl": d**2, "gain": gain + 0.004 * rng.normal() * d}
+    return arms
+
+
+def data_or_epochs(rng, effect):
+    arms = {c36b_data_or_epochs.ALL: 0.1} | dict.fromkeys(c36b_data_or_epochs.QUARTER, 0.1 - 0.03 * effect)
+    return {name: {"gain": gain + 0.005 * rng.normal()} for name, gain in arms.items()}
 
 
 def labeler_agreement(rng, effect):
@@ -176,7 +187,8 @@ CASES = [
     (c08_ptx_versus_kl.CLAIM, ptx_versus_kl),
     (c10_learning_rates.CLAIM, learning_rates),
     (c18_reward_size.CLAIM, reward_curves),
-    (c36_reward_scaling.CLAIM, reward_scaling),
+    (c36a_reward_size_and_beta.CLAIM, reward_sizes_in_rl),
+    (c36b_data_or_epochs.CLAIM, data_or_epochs),
 ]
 each_case = pytest.mark.parametrize(("claim", "make"), CASES, ids=[claim.id for claim, _ in CASES])
 
