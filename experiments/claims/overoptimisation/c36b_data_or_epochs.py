@@ -14,7 +14,7 @@ import numpy as np
 from claims import model_stages as ms
 from claims import reward_fits, sample_pool, verdicts
 from claims.claim import Claim, Measured
-from claims.trial import Trial
+from claims.trial import MANY_COMPARISONS, Trial
 from rlhf_jax import diagnostics, types
 from rlhf_jax.report import plots
 
@@ -77,5 +77,6 @@ CLAIM = Claim(
     measure=measure,
     decide=decide,
     plot=plot,
+    changes=MANY_COMPARISONS,
     minutes=3.0,
 )
