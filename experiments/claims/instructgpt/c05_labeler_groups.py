@@ -4,6 +4,9 @@ Labelers of five groups, whose tastes differ, rank the answers. For each group, 
 of the other four. On held-out prompts, its accuracy is the probability that a labeler agrees with it about a pair. It
 is computed for the labelers of the four groups and for those of the held-out group. In-group accuracy should be higher
 by less than five points.
+
+With 320 prompts, the claim was not shown with the seeds 0 to 4: the reward models were right about 62 % of pairs, and
+the interval of the gap, 0.005 (-0.003 to 0.012), contained 0.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from recipe import world_words
 from claims import model_stages as ms
 from claims import reward_fits, verdicts
 from claims.claim import Claim, Measured
-from claims.trial import Trial
+from claims.trial import MANY_COMPARISONS, Trial
 from rlhf_jax import types
 from rlhf_jax.report import plots
 from rlhf_jax.simulation import labelers
@@ -28,7 +31,7 @@ GROUPS = 5
 GROUP_SPREAD = 0.6
 """Relative standard deviation of the groups' tastes; that within groups is --world.spread."""
 AGREEMENT = 0.73
-PROMPTS, BATCH = 320, 2
+PROMPTS, BATCH = 960, 4
 HELD_OUT = 400
 
 Compared = tuple[types.Comparisons, dict[str, Any]]
@@ -166,5 +169,6 @@ CLAIM = Claim(
     measure=measure,
     decide=decide,
     plot=plot,
+    changes=MANY_COMPARISONS,
     minutes=5.0,
 )
