@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from claims import trajectories, verdicts
+from claims.instructgpt import c09_kl_coefficient
 from claims.overoptimisation import (
     c16_sqrt_kl,
     c17_train_and_test_models,
@@ -43,7 +44,7 @@ def c17(rng, effect, noise=0.02):
 
 
 def c31(rng, effect, noise=0.02):
-    kl_C = np.array([16.0, 12.0, 9.0, 6.0, 4.0, 2.2, 1.0, 0.3])
+    kl_C = np.array([16.0, 9.0, 6.0, 4.0, 2.2, 0.3])
     d_C = np.sqrt(kl_C)
     gold_C = {1: d_C - 0.2 * d_C**2, -1: 0.2 * d_C**2 - d_C, 0: 0 * d_C}[effect]
     return {
@@ -52,7 +53,7 @@ def c31(rng, effect, noise=0.02):
             "gold": gold_C[i] + noise * rng.normal(),
             "score": (d_C[i] if effect else 0.0) + noise * rng.normal(),
         }
-        for i, coef in enumerate(c31_reward_model_overoptimised.COEFS)
+        for i, coef in enumerate(c09_kl_coefficient.COEFS)
     }
 
 

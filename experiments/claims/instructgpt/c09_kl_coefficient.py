@@ -1,12 +1,11 @@
 """C09: the coefficient of the KL penalty has an interior optimum (Ouyang et al. 2022, Figure 36).
 
-Policies are trained with eight coefficients and otherwise the same settings, for the same number of iterations, against
-a reward model that has seen half of the comparisons. Without a penalty, the policy over-optimises the reward model;
-with a large one, it stays close to the SFT model. The best interior coefficient is chosen on the other seeds, so that
-the choice does not favour it.
+Policies are trained with six coefficients and otherwise the same settings, for the same number of iterations. Without a
+penalty, the policy over-optimises the reward model; with a large one, it stays close to the SFT model. The best
+interior coefficient is chosen on the other seeds, so that the choice does not favour it.
 
-With a reward model of all comparisons, the claim was not shown with the seeds 0 to 4: policies without a penalty were
-not over-optimised in all worlds.
+With 24 iterations and eight coefficients, the claim was not shown with the seeds 0 to 4: without a penalty, the policy
+was over-optimised in three of five worlds. It was not shown with a reward model of half of the comparisons either.
 """
 
 from __future__ import annotations
@@ -18,23 +17,31 @@ import numpy as np
 from claims import model_stages as ms
 from claims import verdicts
 from claims.claim import Claim, Measured
+from claims.result_store import Result
 from claims.trial import Trial
 from rlhf_jax.report import plots
 
-PART = "first half"
-"""The comparisons on which the reward model is trained."""
-COEFS = (0.0, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+COEFS = (0.0, 0.01, 0.03, 0.1, 0.3, 3.0)
+ITERATIONS = 36
 
 
 def measure(trial: Trial) -> Measured:
-    """Trains a policy with each coefficient; returns gold utility, score and KL of each."""
-    recipe = ms.Recipe(trial)
-    reward, measured = trial.result(ms.train_reward_model, recipe.start, recipe.compared, part=PART), {}
-    for coef in COEFS[:: 4 if trial.quick else 1]:
-        policy = trial.result(ms.train_policy, recipe.start, reward, kl_coef=coef)
-        answers = trial.result(ms.answer, policy, recipe.start, reward).value
-        measured[f"{coef:g}"] = {name: float(np.mean(answers[name])) for name in ("gold", "score", "kl")}
+    """Returns gold utility, score and KL with each coefficient."""
+    recipe, measured = ms.Recipe(trial), {}
+    for coef, policy in policies(trial, recipe).items():
+        answers = trial.result(ms.answer, policy, recipe.start, recipe.reward).value
+        measured[coef] = {name: float(np.mean(answers[name])) for name in ("gold", "score", "kl")}
     return measured
+
+
+def policies(trial: Trial, recipe: ms.Recipe) -> dict[str, Result]:
+    """Trains a policy with each coefficient."""
+    iterations = trial.settings.ppo.iterations if trial.quick else ITERATIONS
+    inputs = (recipe.start, recipe.reward)
+    return {
+        f"{coef:g}": trial.result(ms.train_policy, *inputs, kl_coef=coef, iterations=iterations)
+        for coef in COEFS[:: 3 if trial.quick else 1]
+    }
 
 
 def decide(measured_S: Sequence[Measured]) -> list[verdicts.Part]:

@@ -5,8 +5,8 @@ so each stops at another KL from the SFT model; they are those of C09. Gold util
 must bend down, with its maximum between the ends, while the score still rises. The coefficient with the highest gold
 utility is chosen on the other seeds, so that the choice does not favour it.
 
-With a reward model of all comparisons, the claim was not shown with the seeds 0 to 4: policies without a penalty were
-not over-optimised in all worlds.
+With 24 iterations and eight coefficients, the claim was not shown with the seeds 0 to 4: without a penalty, the policy
+was over-optimised in three of five worlds. It was not shown with a reward model of half of the comparisons either.
 """
 
 from __future__ import annotations
@@ -26,13 +26,11 @@ from rlhf_jax.report import plots
 def measure(trial: Trial) -> Measured:
     """Returns gold utility, score and KL with each coefficient, as gains over the SFT model."""
     recipe = ms.Recipe(trial)
-    reward = trial.result(ms.train_reward_model, recipe.start, recipe.compared, part=c09_kl_coefficient.PART)
-    sft = trial.result(ms.answer, recipe.start, recipe.start, reward).value
+    sft = trial.result(ms.answer, recipe.start, recipe.start, recipe.reward).value
     measured = {}
-    for coef in c09_kl_coefficient.COEFS[:: 3 if trial.quick else 1]:
-        policy = trial.result(ms.train_policy, recipe.start, reward, kl_coef=coef)
-        answers = trial.result(ms.answer, policy, recipe.start, reward).value
-        measured[f"{coef:g}"] = {
+    for coef, policy in c09_kl_coefficient.policies(trial, recipe).items():
+        answers = trial.result(ms.answer, policy, recipe.start, recipe.reward).value
+        measured[coef] = {
             name: float(np.mean(answers[name], dtype=np.float64) - np.mean(sft[name], dtype=np.float64))
             for name in ("gold", "score", "kl")
         }
