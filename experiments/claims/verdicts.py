@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+from scipy import stats
 
 from rlhf_jax import diagnostics
 
@@ -45,10 +46,31 @@ def between(statistic: str, values_S: npt.ArrayLike, lo: float, hi: float) -> Pa
     return _part(f"{lo:g} < {statistic} < {hi:g}", values_S, lo, hi)
 
 
+def spread_above(statistic: str, first_S: npt.ArrayLike, second_S: npt.ArrayLike) -> Part:
+    """Returns whether one quantity varies more between the seeds than another.
+
+    The value is the logarithm of the ratio of the standard deviations. Its interval is that of Morgan (1939) and Pitman
+    (1939) for paired samples of a normal distribution; with fewer than three seeds, it is infinitely wide.
+    """
+    x_S, y_S = np.asarray(first_S, np.float64), np.asarray(second_S, np.float64)
+    n, lo, hi, value = len(x_S), -np.inf, np.inf, 0.0
+    if n > 1:
+        value = float(np.log(np.std(x_S) / np.std(y_S)))
+    if n > 2:
+        t, r = stats.t.ppf(0.975, n - 2), np.corrcoef(x_S, y_S)[0, 1]
+        half = float(np.arccosh(1 + 2 * (1 - r**2) * t**2 / (n - 2))) / 2
+        lo, hi = value - half, value + half
+    return _decided(f"log of the ratio of standard deviations, {statistic} > 0", value, (lo, hi), 0.0, np.inf)
+
+
 def _part(statistic: str, values_S: npt.ArrayLike, lo: float, hi: float) -> Part:
     value, *ci = diagnostics.mean_interval(np.asarray(values_S, np.float64))
+    return _decided(statistic, value, (ci[0], ci[1]), lo, hi)
+
+
+def _decided(statistic: str, value: float, ci: tuple[float, float], lo: float, hi: float) -> Part:
     inside, outside = lo < ci[0] and ci[1] < hi, ci[1] < lo or hi < ci[0]
-    return Part(statistic, value, (ci[0], ci[1]), "shown" if inside else "refuted" if outside else "not shown")
+    return Part(statistic, value, ci, "shown" if inside else "refuted" if outside else "not shown")
 
 
 def overall(parts: Sequence[Part]) -> Verdict:

@@ -165,15 +165,6 @@ def test_the_parabola_of_gold_utility_has_no_constant():
     assert c31_reward_model_overoptimised.bend(d_C, 2 * d_C - 0.5 * d_C**2) == pytest.approx(-0.5)
 
 
-def test_deviations_are_from_the_mean_of_the_other_worlds():
-    log_kl_SM = np.random.default_rng(0).normal(size=(4, 3))
-    expected = []
-    for s in range(4):
-        others = [log_kl_SM[t, m] for t in range(4) if t != s for m in range(3)]
-        expected.append(np.mean([abs(log_kl_SM[s, m] - np.mean(others)) for m in range(3)]))
-    np.testing.assert_allclose(c33_adaptive_kl.deviation(log_kl_SM), expected)
-
-
 def test_the_implied_win_rate_uses_scores_before_normalisation():
     score_CN, gain = np.array([[0.0, 1.0], [2.0, 0.0]]), 0.5
     expected = np.mean([1 / (1 + np.exp(-4.0)), 1 / (1 + np.exp(2.0))])

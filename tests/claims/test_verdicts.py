@@ -37,6 +37,17 @@ def test_false_claims_are_shown_in_at_most_one_of_forty_cases():
     assert abs(np.mean(shown) - 0.025) < 0.008
 
 
+@pytest.mark.parametrize("ratio", [1.0, 3.0])
+def test_the_interval_of_the_ratio_of_spreads_covers_it(ratio):
+    rng = np.random.default_rng(2)
+    covered = []
+    for _ in range(2000):
+        shared_S, x_S, y_S = rng.normal(size=(3, 5))
+        lo, hi = verdicts.spread_above("x / y", ratio * (x_S + shared_S), y_S + shared_S).ci
+        covered.append(lo < np.log(ratio) < hi)
+    assert abs(np.mean(covered) - 0.95) < 0.015
+
+
 def arms(gold_C):
     return {
         f"{coef:g}": {"gold": gold, "score": 0.0, "kl": 0.0} for coef, gold in zip(c09_kl_coefficient.COEFS, gold_C)
