@@ -36,7 +36,12 @@ def optimise(
 ) -> dict[str, np.ndarray]:
     """Returns what `trajectories.follow` does without a KL penalty, with a reward model and critic of another size."""
     cfg: Any = ms.sized(trial, size).cfg
-    programs = _programs(trial.cfg, trial.spec, prompt_width=trial.task.prompt_width, reward_cfg=cfg)
+    programs = _programs(
+        trial.cfg,
+        trial.spec,  # type: ignore[arg-type]  # frozen, thus hashable
+        prompt_width=trial.task.prompt_width,
+        reward_cfg=cfg,
+    )
     own = dataclasses.replace(trial, shared=programs, sampler=programs.sampler(trial.task))
     return trajectories.follow(own, start, stages.normalise_scores(own, reward, start), at=at, kl_coef=0.0)
 
