@@ -222,6 +222,15 @@ def test_a_claim_can_be_drawn_and_decided_with_a_single_seed(claim, make):
     assert {part.verdict for part in claim.decide(measured_S)} == {"not shown"}
 
 
+def test_alpha_and_the_beta_of_each_run_are_recovered():
+    runs, betas = [], [0.05, 0.01]
+    for beta, kl_C in zip(betas, (np.linspace(0, 9, 12), np.linspace(0, 30, 12))):
+        d_C = np.sqrt(kl_C)
+        runs.append({"kl": kl_C, "gain": d_C * (0.1 - beta * np.log(np.maximum(d_C, 1e-3)))})
+    alpha, fitted = c36a_reward_size_and_beta.fit(runs)
+    np.testing.assert_allclose([alpha, *fitted], [0.1, *betas], rtol=1e-9)
+
+
 def comparisons(rng, n=6, k=4, width=3):
     where_BK = rng.random((n, k)) < 0.8
     where_BK[:, :2] = True

@@ -81,5 +81,5 @@ CLAIM = Claim(
     measure=measure,
     decide=decide,
     plot=plot,
-    minutes=6.0,
+    minutes=9.0,
 )

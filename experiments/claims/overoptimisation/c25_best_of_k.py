@@ -79,7 +79,7 @@ def plot(measured_S: Sequence[Measured]) -> str:
 CLAIM = Claim(
     id="C25",
     paper="Bai et al. 2022, Figure 36; Stiennon et al. 2020, C.6; Gao et al. 2023",
-    claim="The quality of the best of k samples rises with k.",
+    claim="The quality of the best of k samples rises with k, up to a moderate k.",
     published="k = 1, 4, 16 and 64: the Elo rises at each step",
     differs="k is at most 16, since the best of 64 over-optimises the reward model. Elo points are "
     "computed from win rates by gold utility instead of human preferences.",
