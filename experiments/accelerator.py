@@ -35,6 +35,8 @@ from typing import Any
 
 from benchmarks.accelerator_rows import report_table, row_context, row_runner
 
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))  # the library need not be installed
+
 __doc__ = f"{__doc__}" + "\n".join(f"    {name:<20}{row.title}" for name, row in row_runner.ROWS.items())
 
 

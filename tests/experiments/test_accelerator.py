@@ -168,6 +168,21 @@ def test_rows_after_the_time_limit_are_not_run(tmp_path):
     assert errors == [("sft", "not run: the time limit was reached"), ("torch", "not run: the time limit was reached")]
 
 
+def test_the_library_need_not_be_installed(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        f"sys.path[:] = [each for each in sys.path if each != {str(ROOT)!r}]\n"
+        "sys.meta_path[:] = [each for each in sys.meta_path if 'editable' not in repr(each).lower()]\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    code = "import rlhf_jax"
+    assert subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True).returncode
+    command = [sys.executable, str(ROOT / "experiments" / "accelerator.py"), "--quick", "--rows", "sft"]
+    command += ["--minutes", "0.001", "--out", str(tmp_path / "rows.jsonl")]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "the time limit was reached" in done.stderr, done.stderr
+
+
 def test_the_table_says_whether_an_aim_is_met(tmp_path):
     path = tmp_path / "rows.jsonl"
     now = context(path, shapes=row_context.Shapes())
