@@ -8,8 +8,8 @@ Arms share the seed, so differences between arms are paired.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -61,6 +61,19 @@ def spread_above(statistic: str, first_S: npt.ArrayLike, second_S: npt.ArrayLike
         half = float(np.arccosh(1 + 2 * (1 - r**2) * t**2 / (n - 2))) / 2
         lo, hi = value - half, value + half
     return _decided(f"log of the ratio of standard deviations, {statistic} > 0", value, (lo, hi), 0.0, np.inf)
+
+
+def jackknife(statistic: Callable[[Sequence[Any]], float], measured_S: Sequence[Any]) -> np.ndarray:
+    """Returns a value per seed, whose mean and interval are those of a statistic of all seeds together.
+
+    It serves statistics that are not means over seeds, such as those of a mean curve. The values are the pseudo-values
+    of Tukey (1958), ``n T - (n - 1) T_i``, where T_i leaves out seed i. A single seed has the statistic as its value.
+    """
+    n, all_of_them = len(measured_S), statistic(measured_S)
+    if n == 1:
+        return np.array([all_of_them])
+    others = [[*measured_S[:i], *measured_S[i + 1 :]] for i in range(n)]
+    return np.array([n * all_of_them - (n - 1) * statistic(each) for each in others])
 
 
 def _part(statistic: str, values_S: npt.ArrayLike, lo: float, hi: float) -> Part:

@@ -59,22 +59,30 @@ def sample_pairs(key: jax.Array, logits_SA: jax.Array, rewards_SA: jax.Array, *,
     return types.Preferences(tokens_B22, None, jnp.ones((n, 2, 1), bool))
 
 
-def fit_rewards(pairs: types.Preferences, *, ridge: float = 0.01) -> jax.Array:
-    """Fits Bradley-Terry rewards ``[S, A]`` to pairs, with a ridge penalty, and centres them for each prompt."""
+def fit_rewards(pairs: types.Preferences, features_SAF: jax.Array | None = None, *, ridge: float = 0.01) -> jax.Array:
+    """Fits Bradley-Terry rewards ``[S, A]`` to pairs, with a ridge penalty, and centres them for each prompt.
+
+    The rewards are linear in ``features_SAF`` if they are given. Otherwise, each answer has its own reward.
+    """
     prompts_B, better_B, worse_B = (pairs.tokens_BKL[:, i, j] for i, j in ((0, 0), (0, 1), (1, 1)))
 
-    def loss(table_SA: jax.Array) -> jax.Array:
+    def table(weights: jax.Array) -> jax.Array:
+        return weights if features_SAF is None else features_SAF @ weights
+
+    def loss(weights: jax.Array) -> jax.Array:
+        table_SA = table(weights)
         pair = losses.pairwise(table_SA[prompts_B, better_B], table_SA[prompts_B, worse_B])
         return jnp.mean(pair) + ridge * jnp.mean(jnp.square(table_SA))
 
     def step(carry: Any, i: jax.Array) -> tuple[Any, None]:
-        table_SA, state = carry
+        weights, state = carry
         updates: Any
-        updates, state = ADAM.update(jax.grad(loss)(table_SA), state)
-        return (table_SA + RATE * (1 - i / STEPS) * updates, state), None
+        updates, state = ADAM.update(jax.grad(loss)(weights), state)
+        return (weights + RATE * (1 - i / STEPS) * updates, state), None
 
-    start = jnp.zeros((S, A))
-    (table_SA, _), _ = jax.lax.scan(step, (start, ADAM.init(start)), jnp.arange(STEPS))
+    start = jnp.zeros((S, A) if features_SAF is None else features_SAF.shape[-1])
+    (weights, _), _ = jax.lax.scan(step, (start, ADAM.init(start)), jnp.arange(STEPS))
+    table_SA = table(weights)
     return table_SA - table_SA.mean(axis=1, keepdims=True)
 
 

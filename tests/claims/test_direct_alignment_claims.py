@@ -62,6 +62,8 @@ def c41(rng, effect):
     rewards = {
         "PPO": 0.8,
         "PPO, shifted": 0.8,
+        "PPO with a table": 0.8,
+        "PPO with a table, shifted": 0.8 - 0.2 * effect,
         "DPO": 0.8,
         "DPO, shifted": 0.8 - 0.2 * effect,
         "DPO after SFT, shifted": 0.8,

@@ -69,14 +69,14 @@ def ptx_versus_kl(rng, effect):
 
 
 def learning_rates(rng, effect):
-    falls = {"PPO": [0.1, -0.02 - 0.06 * effect, -0.3], "PPO-ptx": [0.1, -0.02 + 0.06 * effect, -0.3]}
+    rises = {"PPO": [0.1, 1.0 + 0.5 * effect, 3.0], "PPO-ptx": [0.1, 1.0 - 0.5 * effect, 3.0]}
     arms = {
-        f"{name}, rate x {rate}": {"gain": gain + 0.02 * rng.normal(), "loss": 1.0}
-        for name, gains in falls.items()
-        for rate, gain in zip(c10_learning_rates.RATES, gains)
+        f"{name}, rate x {rate}": {"gain": 0.1, "rise": rise + 0.02 * rng.normal()}
+        for name, rises in rises.items()
+        for rate, rise in zip(c10_learning_rates.RATES, rises)
     }
     for place, ratio in enumerate(c10_learning_rates.RATIOS):
-        arms[f"PPO-ptx, ratio {ratio:g}"] = {"gain": 0.1, "loss": 1.1 - 0.05 * effect * place + 0.01 * rng.normal()}
+        arms[f"PPO-ptx, ratio {ratio:g}"] = {"gain": 0.1, "rise": 0.2 - 0.05 * effect * place + 0.01 * rng.normal()}
     return arms
 
 
@@ -289,10 +289,10 @@ def test_accuracy_is_the_expected_agreement_with_simulated_choices():
 
 def test_the_threshold_of_the_learning_rate_is_interpolated():
     log_rates = np.log2(c10_learning_rates.RATES)
-    assert c10_learning_rates.threshold([-0.1, 0.2, 0.2]) == log_rates[0]
+    assert c10_learning_rates.threshold([1.1, 0.2, 0.2]) == log_rates[0]
     assert c10_learning_rates.threshold([0.1, 0.2, 0.3]) == log_rates[-1]
-    middle = c10_learning_rates.threshold([0.1, -0.3, 0.3])
-    assert middle == pytest.approx(log_rates[0] + 0.25 * (log_rates[1] - log_rates[0]))
+    middle = c10_learning_rates.threshold([0.5, 2.5, 0.3])
+    assert middle == pytest.approx(log_rates[0] + (log_rates[1] - log_rates[0]) / 4)
 
 
 def test_demonstrations_with_the_prompt_of_a_training_one_are_not_held_out():

@@ -48,6 +48,23 @@ def test_the_interval_of_the_ratio_of_spreads_covers_it(ratio):
     assert abs(np.mean(covered) - 0.95) < 0.015
 
 
+def test_jackknife_values_of_a_mean_are_the_values_themselves():
+    values = [1.0, 2.5, -3.0, 4.0]
+    np.testing.assert_allclose(verdicts.jackknife(np.mean, values), values)
+    np.testing.assert_array_equal(verdicts.jackknife(np.mean, [2.0]), [2.0])
+
+
+def test_the_jackknife_interval_of_a_ratio_of_means_covers_it():
+    rng = np.random.default_rng(3)
+    covered = []
+    for _ in range(2000):
+        pairs = [(3 + each[0], 2 + each[1]) for each in rng.normal(size=(5, 2)) / 4]
+        values_S = verdicts.jackknife(lambda chosen: np.mean(chosen, axis=0)[0] / np.mean(chosen, axis=0)[1], pairs)
+        lo, hi = verdicts.above("x", values_S).ci
+        covered.append(lo < 1.5 < hi)
+    assert abs(np.mean(covered) - 0.95) < 0.02
+
+
 def arms(gold_C):
     return {
         f"{coef:g}": {"gold": gold, "score": 0.0, "kl": 0.0} for coef, gold in zip(c09_kl_coefficient.COEFS, gold_C)
