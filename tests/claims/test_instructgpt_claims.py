@@ -134,7 +134,7 @@ def alignment_tax(rng, effect):
 
 
 def kl_coefficient(rng, effect):
-    peak = 0.1 * effect * np.array([0, 1, 3, 2, 1, 0])
+    peak = 0.1 * effect * np.array([0, 1, 3, 2, 0])
     return {
         f"{coef:g}": {"gold": 0.7 + gold + 0.01 * rng.normal(), "score": 0.0, "kl": 1.0}
         for coef, gold in zip(c09_kl_coefficient.COEFS, peak, strict=True)

@@ -5,8 +5,8 @@ so each stops at another KL from the SFT model; they are those of C09. Gold util
 must bend down, with its maximum between the ends, while the score still rises. The coefficient with the highest gold
 utility is chosen on the other seeds, so that the choice does not favour it.
 
-With 24 iterations and eight coefficients, the claim was not shown with the seeds 0 to 4: without a penalty, the policy
-was over-optimised in three of five worlds. It was not shown with a reward model of half of the comparisons either.
+The claim was not shown with the seeds 0 to 4 before: with half the learning rate, the policy without a penalty was
+over-optimised in three of five worlds after 24 iterations, and in four after 36.
 """
 
 from __future__ import annotations
@@ -89,5 +89,5 @@ CLAIM = Claim(
     measure=measure,
     decide=decide,
     plot=plot,
-    minutes=6.0,
+    minutes=5.0,
 )
