@@ -29,6 +29,7 @@ def fit(
     epochs: int = 1,
     rate: float = 1.0,
     shuffled: bool = False,
+    run: int = 0,
 ) -> types.Params:
     """Returns a reward model, whose scores are not normalised.
 
@@ -40,8 +41,10 @@ def fit(
         epochs: Number of passes over them.
         rate: Factor on the learning rate.
         shuffled: Whether to train on shuffled pairs instead of whole prompts.
+        run: Number of the training run. Runs differ in the order of the prompts and the initial head.
     """
     settings, key = trial.settings.reward_model, trial.key("reward_model")
+    key = jax.random.fold_in(key, 100 + run) if run else key
     if shuffled:
         rows, batch = pairs_of(rows), batch * PAIRS_PER_BATCH
     n = len(rows.ranks_BK)
