@@ -1,6 +1,6 @@
 """Diagnostics of policies and reward models, on the host with NumPy and SciPy."""
 
-from rlhf_jax.diagnostics import alarms, overoptimisation
+from rlhf_jax.diagnostics import alarms, ood, overoptimisation
 from rlhf_jax.diagnostics.accuracy import (
     Bucket,
     GeneralisationGap,
@@ -86,6 +86,7 @@ __all__ = [
     "length_controlled_win_rates",
     "length_correlation",
     "mean_interval",
+    "ood",
     "outcome_rate",
     "overconfidence",
     "overoptimisation",

@@ -25,7 +25,7 @@ from rlhf_jax.lm.logprobs import (
     values,
 )
 from rlhf_jax.lm.packed import packed_means, packed_scores, packed_sums
-from rlhf_jax.lm.params import abstract, count, init, logical_axes
+from rlhf_jax.lm.params import abstract, count, first_layers, init, logical_axes
 from rlhf_jax.lm.transformer import forward, logits
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "count",
     "create_cache",
     "entropy",
+    "first_layers",
     "forward",
     "greedy_matches",
     "has_head",

@@ -7,6 +7,7 @@ scalar heads of :mod:`rlhf_jax.lm.heads`.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import zlib
@@ -154,6 +155,27 @@ def logical_axes(cfg: config.LMConfig, *, head: bool = False) -> types.Params:
 def layer_axes(cfg: config.LMConfig) -> types.Params:
     """Returns the logical axes of one layer's parameters, without the layer axis."""
     return jax.tree.map(lambda axes: axes[1:], logical_axes(cfg)["layers"], is_leaf=lambda x: isinstance(x, tuple))
+
+
+def first_layers(params: types.Params, *, cfg: config.LMConfig, layers: int) -> tuple[types.Params, config.LMConfig]:
+    """Returns the parameters and the configuration of a model with only the first layers, for their hidden states.
+
+    The final norm, which applies to the hidden states of the last of these layers, is that of the whole model.
+
+    >>> import jax
+    >>> from rlhf_jax import lm
+    >>> cfg = lm.LMConfig.preset("tiny")
+    >>> half, half_cfg = lm.first_layers(lm.init(jax.random.key(0), cfg), cfg=cfg, layers=1)
+    >>> lm.forward(half, jax.numpy.array([[5, 6, 7]]), cfg=half_cfg).hidden_BLD.shape
+    (1, 3, 64)
+
+    Raises:
+        ValueError: ``layers`` is not in [1, cfg.n_layers].
+    """
+    if not 1 <= layers <= cfg.n_layers:
+        raise ValueError(f"layers is {layers}; it must be in [1, {cfg.n_layers}]")
+    first = dataclasses.replace(cfg, n_layers=layers, local_layers=cfg.local_layers[:layers])
+    return params | {"layers": jax.tree.map(lambda x: x[:layers], params["layers"])}, first
 
 
 def count(cfg: config.LMConfig) -> int:
