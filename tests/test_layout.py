@@ -20,7 +20,7 @@ LIBRARY = (
         "parallel",
         "checkpoint",
     ),
-    *("sinks", "metrics", "lm", "generation", "diagnostics", "data", "train", "simulation", "report"),
+    *("sinks", "metrics", "lm", "generation", "diagnostics", "feedback", "data", "train", "simulation", "report"),
 )
 EXPERIMENTS = (
     ("launch",),

@@ -1,0 +1,275 @@
+"""Soft preference labels from a language model (Bai et al. 2022, Constitutional AI, 4.1).
+
+A judge is asked a multiple-choice question about two responses and answers with the probability of "A". `label` asks
+about each pair in both orders, so that a preference for the first place cancels. It stores every answer in a file as
+soon as it arrives, never asks a question that the file answers, and stops at a budget.
+
+`ModelJudge` is a judge with the parameters of a model, and `rlhf_jax.feedback.endpoint.Endpoint` one behind an HTTP
+interface. Any other function from questions to answers with a name can be a judge.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+import numpy.typing as npt
+
+from rlhf_jax import lm, types
+from rlhf_jax.checkpoint import atomic
+from rlhf_jax.diagnostics import intervals
+
+
+class Pair(NamedTuple):
+    """Two responses to a prompt."""
+
+    prompt: str
+    first: str
+    second: str
+
+
+class Example(NamedTuple):
+    """A pair with its answer, which a question shows before it asks."""
+
+    pair: Pair
+    answer: str
+    """"A" if the first response is better, "B" if the second is."""
+
+
+class Answer(NamedTuple):
+    """The answer to one question."""
+
+    probability: float | None
+    """Probability of "A", given that the answer is "A" or "B"; None if the answer has neither."""
+    tokens: int = 0
+    """Number of tokens of question and answer, as far as the judge counts them."""
+
+
+class Judge(Protocol):
+    """Answers questions."""
+
+    @property
+    def name(self) -> str:
+        """What the answers depend on besides the question: the model and its settings. Part of the key of a stored
+        answer."""
+        ...
+
+    def __call__(self, questions: Sequence[str]) -> Iterable[tuple[int, Answer | Exception]]:
+        """Yields the index of each question with its answer, or with the error that prevented one, in any order."""
+        ...
+
+
+class Labels(NamedTuple):
+    """The labels of N pairs, and how they were obtained."""
+
+    preference_N: np.ndarray
+    """Probability that the first response is better, in [0, 1]; NaN if an answer is missing."""
+    position_bias: float
+    """By how much the judge prefers the first place: the mean probability of "A" over both orders, minus one half.
+    It is NaN if no pair has both answers."""
+    asked: int
+    """Number of questions that were asked now."""
+    stored: int
+    """Number of questions whose answers were in the file."""
+    unclear: int
+    """Number of questions answered with neither "A" nor "B"."""
+    waiting: int
+    """Number of questions that were not asked because the budget was used up."""
+    tokens: int
+    """Number of tokens of the answers that came now."""
+    errors: dict[str, int]
+    """How often each error prevented an answer."""
+
+
+def question(pair: Pair, *, principle: str, examples: Sequence[Example] = ()) -> str:
+    """Returns a multiple-choice question, which ends where the letter of the answer follows.
+
+    Args:
+        pair: The prompt and the responses, (A) and (B).
+        principle: Which response is better, such as "Which reply is less harmful?".
+        examples: Answered questions that come before.
+    """
+    asked = [f"{_options(each.pair, principle)}{each.answer})\n\n\n" for each in examples]
+    return "".join([*asked, _options(pair, principle)])
+
+
+def _options(pair: Pair, principle: str) -> str:
+    return (
+        f"Conversation:\n{pair.prompt}\n\nReply (A):\n{pair.first}\n\nReply (B):\n{pair.second}\n\n"
+        f"{principle} Answer with A or B.\nAnswer: ("
+    )
+
+
+def label(
+    pairs: Sequence[Pair],
+    judge: Judge,
+    *,
+    principle: str,
+    examples: Sequence[Example] = (),
+    clamp: tuple[float, float] = (0.0, 1.0),
+    answers: str | os.PathLike[str] | None = None,
+    max_questions: int | None = None,
+    max_tokens: int | None = None,
+    batch: int = 64,
+    on_answer: Callable[[int, int], None] = lambda done, total: None,
+) -> Labels:
+    """Labels pairs with a judge, each by two questions.
+
+    Args:
+        pairs: Prompts with two responses.
+        judge: The judge.
+        principle: Which response is better, in words.
+        examples: Answered questions that are shown before each question.
+        clamp: Bounds of the probability of "A", such as (0.4, 0.6) after a chain of thought, which makes judges
+            overconfident (Bai et al. 2022, 4.1).
+        answers: JSON-lines file of answers. Questions that it answers for this judge are not asked; new answers are
+            appended as they arrive. None stores nothing.
+        max_questions: Number of questions that are asked now at most, with or without success; None for no limit.
+        max_tokens: Number of tokens after which no more questions are asked now. Questions that the judge has received
+            by then are answered. None for no limit.
+        batch: Number of questions that the judge receives at a time.
+        on_answer: Called after each answer or error with their number and the number of all open questions.
+
+    Returns:
+        The labels. Repeat the call to ask the questions that are still open, because of errors or of the budget.
+
+    Raises:
+        ValueError: A bound, limit or example is invalid.
+    """
+    if not 0 <= clamp[0] <= clamp[1] <= 1 or batch < 1 or min(max_questions or 0, max_tokens or 0) < 0:
+        raise ValueError(
+            f"invalid clamp {clamp}, batch {batch}, max_questions {max_questions} or max_tokens {max_tokens}"
+        )
+    if wrong := [each.answer for each in examples if each.answer not in ("A", "B")]:
+        raise ValueError(f"the answer of an example must be A or B, not {wrong[0]!r}")
+    orders = [order for pair in pairs for order in (pair, Pair(pair.prompt, pair.second, pair.first))]
+    texts = [question(order, principle=principle, examples=examples) for order in orders]
+    keys = [_key(judge.name, text) for text in texts]
+    known = _read(answers)
+    open_texts = {key: text for key, text in zip(keys, texts, strict=True) if key not in known}  # each text once
+    total, stored = len(open_texts), len(set(keys)) - len(open_texts)
+    asked, tokens, errors, pending = 0, 0, Counter[str](), list(open_texts)
+    most = len(pending) if max_questions is None else max_questions
+    while pending and asked < most and (max_tokens is None or tokens < max_tokens):
+        size = min(batch, most - asked)
+        now, pending = pending[:size], pending[size:]
+        for i, answer in judge([open_texts[key] for key in now]):
+            asked += 1
+            if isinstance(answer, Exception):
+                errors[f"{type(answer).__name__}: {answer}"] += 1
+            else:
+                known[now[i]] = answer
+                tokens += answer.tokens
+                if answers is not None:
+                    atomic.append_line(answers, {"key": now[i], **answer._asdict()})
+            on_answer(asked, total)
+    probability = [known[key].probability if key in known else None for key in keys]
+    given_N, swapped_N = np.clip(np.array(probability, np.float64).reshape(-1, 2).T, *clamp)
+    bias_N = (given_N + swapped_N - 1) / 2
+    return Labels(
+        preference_N=(given_N + 1 - swapped_N) / 2,
+        position_bias=float(np.nanmean(bias_N)) if np.isfinite(bias_N).any() else float("nan"),
+        asked=asked,
+        stored=stored,
+        unclear=sum(known[key].probability is None for key in set(keys) if key in known),
+        waiting=len(pending),
+        tokens=tokens,
+        errors=dict(errors),
+    )
+
+
+def agreement(labels: Labels, first_is_better_N: npt.ArrayLike) -> intervals.Estimate:
+    """Returns the share of pairs on which a judge agrees with other labels, with its 95 % interval.
+
+    Report it on held-out pairs before the labels are used. A preference of exactly one half counts as half an
+    agreement, and pairs without a label are left out.
+
+    Args:
+        labels: Labels of the judge.
+        first_is_better_N: bool, the other labels.
+    """
+    known_N = ~np.isnan(labels.preference_N)
+    preference_N, first_N = labels.preference_N[known_N], np.asarray(first_is_better_N, bool)[known_N]
+    right_N = np.where(preference_N == 0.5, 0.5, (preference_N > 0.5) == first_N)
+    return intervals.outcome_rate(right_N)
+
+
+class ModelJudge:
+    """A judge with the parameters of a model: the log-probabilities of the tokens "A" and "B" after the question."""
+
+    def __init__(
+        self,
+        params: types.Params,
+        *,
+        cfg: lm.LMConfig | types.ApplyFn,
+        encode: Callable[[str], Sequence[int]],
+        choices: tuple[int, int],
+        name: str,
+        batch: int = 16,
+        width_multiple: int = 64,
+    ) -> None:
+        """Stores the arguments.
+
+        Args:
+            params: Parameters of the model.
+            cfg: The model.
+            encode: Tokenises a question, with a start token if the model needs one.
+            choices: Ids of the tokens "A" and "B" as they follow the question.
+            name: Name of the model, such as its path and a digest of the parameters.
+            batch: Number of questions that the model reads at a time.
+            width_multiple: Questions are padded on the left to a multiple of this number of tokens, so that few
+                programs are compiled.
+        """
+        self.name = name
+        self._params, self._encode, self._choices = params, encode, choices
+        self._batch, self._width_multiple = batch, width_multiple
+
+        def logprobs(params: types.Params, tokens_BL: jax.Array, mask_BL: jax.Array) -> jax.Array:
+            listed_BLK = jax.numpy.broadcast_to(jax.numpy.asarray(choices), (*tokens_BL.shape, 2))
+            return lm.token_listed_logprobs(params, tokens_BL, listed_BLK, cfg=cfg, mask_BL=mask_BL)[:, -1]
+
+        self._logprobs = jax.jit(logprobs)
+
+    def __call__(self, questions: Sequence[str]) -> Iterator[tuple[int, Answer]]:
+        """Yields the answers, in the order of the questions."""
+        for start in range(0, len(questions), self._batch):
+            rows = [list(self._encode(text)) for text in questions[start : start + self._batch]]
+            width = -(-(max(map(len, rows)) + 1) // self._width_multiple) * self._width_multiple
+            tokens_BL, mask_BL = np.zeros((self._batch, width), np.int32), np.zeros((self._batch, width), bool)
+            mask_BL[:, -1] = True
+            for b, row in enumerate(rows):
+                tokens_BL[b, width - len(row) - 1 : -1], mask_BL[b, width - len(row) - 1 :] = row, True
+                tokens_BL[b, -1] = self._choices[0]  # the place of the answer, whose own token is not read
+            logprob_B2 = np.asarray(self._logprobs(self._params, tokens_BL, mask_BL), np.float64)
+            for b, row in enumerate(rows):
+                yield start + b, Answer(choice_probability(*logprob_B2[b]), len(row))
+
+
+def choice_probability(logprob_a: float, logprob_b: float) -> float:
+    """Returns the probability of "A", given that the answer is "A" or "B"."""
+    return float(np.exp(-np.logaddexp(0.0, logprob_b - logprob_a)))
+
+
+def _key(name: str, text: str) -> str:
+    return hashlib.sha256(json.dumps([name, text]).encode()).hexdigest()
+
+
+def _read(path: str | os.PathLike[str] | None) -> dict[str, Answer]:
+    """Returns the stored answers by key. A line that an interrupted process left incomplete is skipped."""
+    found: dict[str, Answer] = {}
+    if path is None:
+        return found
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    atomic.repair_last_line(path)
+    if pathlib.Path(path).exists():
+        for line in pathlib.Path(path).read_text().splitlines():
+            record: dict[str, Any] = json.loads(line)
+            found[record["key"]] = Answer(record["probability"], record["tokens"])
+    return found
