@@ -72,6 +72,16 @@ class TokenBatch:
 
 
 @struct.dataclass
+class DistillationBatch(TokenBatch):
+    """Rows of tokens, with a teacher's K most likely tokens at each position, as `lm.token_top_k` returns them."""
+
+    ids_BLK: Any = None
+    """int32, token ids."""
+    logprobs_BLK: Any = None
+    """float32, the teacher's log-probabilities of these tokens."""
+
+
+@struct.dataclass
 class Rollout:
     """Prompts and the responses that a policy sampled. Prompts are left-padded to P, responses right-padded to T."""
 

@@ -1,7 +1,7 @@
 """Supervised training: next-token loss on the tokens that a mask selects.
 
 Pretraining (all tokens count), supervised fine-tuning (only the response and its end-of-sequence token count) and a mix
-of both use the same step and differ only in the loss mask.
+of both use the same step and differ only in the loss mask. Distillation compares distributions instead of tokens.
 """
 
 from __future__ import annotations
@@ -13,11 +13,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import masking, metrics
+from rlhf_jax import losses, masking, metrics
 from rlhf_jax.train.optim import nonfinite, update
-from rlhf_jax.types import TokenBatch
+from rlhf_jax.types import DistillationBatch, TokenBatch
 
-__all__ = ["TokenBatch", "batch_logprobs", "make_train_step"]
+__all__ = [
+    "DistillationBatch",
+    "TokenBatch",
+    "batch_logprobs",
+    "make_distillation_step",
+    "make_token_step",
+    "make_train_step",
+]
 
 
 def batch_logprobs(token_logprobs: Callable[..., jax.Array], params: Any, batch: TokenBatch) -> jax.Array:
@@ -76,13 +83,81 @@ def make_train_step(
         0.7437
     """
 
-    def loss_fn(frozen: Any, params: Any, batch: TokenBatch, total: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-        logprobs_BL = batch_logprobs(token_logprobs, join(frozen, params), batch)
-        nll = -masking.masked_sum(logprobs_BL, where=batch.loss_mask_BL, axis_name=axis_name)
-        bad = nonfinite.bad_token_rows(logprobs_BL, where_BT=batch.loss_mask_BL)
-        return nll / jnp.maximum(total, 1), {"loss": metrics.Metric(nll, total / micro_batches), "bad": bad}
+    return make_token_step(
+        lambda params, batch: losses.next_token(batch_logprobs(token_logprobs, params, batch)),
+        join=join,
+        micro_batches=micro_batches,
+        axis_name=axis_name,
+    )
 
-    def train_step(state: Any, frozen: Any, hyper: Any, batch: TokenBatch, rng: Any) -> tuple[Any, dict[str, Any]]:
+
+def make_distillation_step(
+    listed_logprobs: Callable[..., jax.Array], **options: Any
+) -> Callable[..., tuple[Any, dict[str, Any]]]:
+    """Returns ``train_step(state, frozen, hyper, batch, rng) -> (state, metrics)`` on a `DistillationBatch`.
+
+    The loss is `losses.distill`, the KL from the teacher to the student over K tokens and the rest of the vocabulary,
+    averaged over the tokens of the loss mask. In context distillation, the teacher has read a prompt that the student
+    does not see (Bai et al. 2022, A.1).
+
+    Args:
+        listed_logprobs: ``(params, tokens_BL, ids_BLK, mask_BL=...) -> [B, L, K]``, such as
+            `lm.token_listed_logprobs`. It also receives ``segments_BL=...`` if the batch is packed.
+        **options: As for `make_train_step`, whose step has the same inputs and metrics.
+
+    Example:
+        >>> from functools import partial
+        >>> import jax
+        >>> import numpy as np
+        >>> import optax
+        >>> from rlhf_jax import lm
+        >>> from rlhf_jax.train import sft, state
+        >>> cfg = lm.LMConfig.preset("tiny")
+        >>> teacher, student = (lm.init(jax.random.key(i), cfg) for i in (0, 1))
+        >>> tokens, mask = np.array([[5, 6, 7, 8]]), np.array([[False, True, True, True]])
+        >>> top = lm.token_top_k(teacher, tokens, cfg=cfg, k=50)
+        >>> batch = sft.DistillationBatch(tokens, mask | True, mask, ids_BLK=top.ids, logprobs_BLK=top.logprobs)
+        >>> step = jax.jit(sft.make_distillation_step(partial(lm.token_listed_logprobs, cfg=cfg)))
+        >>> train_state = state.create(student, optax.chain(optax.scale_by_adam(), optax.scale(-1.0)))
+        >>> hyper, found = {"learning_rate": 1e-3, "max_grad_norm": np.inf}, []
+        >>> for _ in range(9):
+        ...     train_state, metrics = step(train_state, None, hyper, batch, None)
+        ...     found.append(float(metrics["loss"].value()))
+        >>> bool(found[-1] < 0.5 * found[0])
+        True
+    """
+
+    def token_losses(params: Any, batch: DistillationBatch) -> jax.Array:
+        packed = {} if batch.segments_BL is None else {"segments_BL": batch.segments_BL}
+        logprobs_BLK = listed_logprobs(params, batch.tokens_BL, batch.ids_BLK, mask_BL=batch.mask_BL, **packed)
+        return losses.distill(logprobs_BLK, batch.logprobs_BLK)
+
+    return make_token_step(token_losses, **options)
+
+
+def make_token_step(
+    token_losses: Callable[[Any, Any], jax.Array],
+    *,
+    join: Callable[[Any, Any], Any] = update.all_trained,
+    micro_batches: int = 1,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> Callable[..., tuple[Any, dict[str, Any]]]:
+    """Returns the step of `make_train_step` with a loss of your own.
+
+    Args:
+        token_losses: ``(params, batch) -> [B, L]``, the loss of each token; those outside the loss mask do not count.
+        join: As for `make_train_step`.
+        micro_batches: As for `make_train_step`.
+        axis_name: As for `make_train_step`.
+    """
+
+    def loss_fn(frozen: Any, params: Any, batch: Any, total: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        losses_BL = token_losses(join(frozen, params), batch)
+        loss = masking.masked_sum(losses_BL, where=batch.loss_mask_BL, axis_name=axis_name)
+        bad = nonfinite.bad_token_rows(losses_BL, where_BT=batch.loss_mask_BL)
+        return loss / jnp.maximum(total, 1), {"loss": metrics.Metric(loss, total / micro_batches), "bad": bad}
+
+    def train_step(state: Any, frozen: Any, hyper: Any, batch: Any, rng: Any) -> tuple[Any, dict[str, Any]]:
         del rng
         total = masking.masked_count(batch.loss_mask_BL, where=batch.loss_mask_BL, axis_name=axis_name)
         return update.gradient_step(

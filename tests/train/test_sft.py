@@ -259,3 +259,49 @@ def test_gain_is_folded_into_the_kernel():
         hidden = jax.random.normal(jax.random.key(2), (3, 8))
         np.testing.assert_allclose(lm.heads.scalar(absorbed, hidden), lm.heads.scalar(params, hidden), rtol=1e-5)
         np.testing.assert_array_equal(absorbed["head"]["gain"], np.ones_like(head["gain"]))
+
+
+def distillation_rows():
+    batch = token_rows()
+    teacher = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(5), x.shape), params())
+    top = lm.token_top_k(teacher, batch.tokens_BL, cfg=CFG, k=K, mask_BL=batch.mask_BL)
+    fields = (batch.tokens_BL, batch.mask_BL, batch.loss_mask_BL)
+    return teacher, sft.DistillationBatch(*fields, ids_BLK=top.ids, logprobs_BLK=top.logprobs)
+
+
+@functools.cache
+def distillation_step(micro_batches=1):
+    listed = functools.partial(lm.token_listed_logprobs, cfg=CFG)
+    return parallel.jit_step(sft.make_distillation_step(listed, micro_batches=micro_batches))
+
+
+def test_the_distillation_loss_is_the_mean_kl_over_k_tokens_and_the_rest():
+    teacher, batch = distillation_rows()
+    _, logs = distillation_step()(fresh(), None, hyper(), batch, None)
+    p_BLV, q_BLV = (
+        np.float64(
+            jax.nn.softmax(
+                lm.logits(each, lm.forward(each, batch.tokens_BL, mask_BL=batch.mask_BL, cfg=CFG).hidden_BLD, cfg=CFG)
+            )
+        )
+        for each in (teacher, params())
+    )
+    expected = []
+    for b, i in np.argwhere(np.asarray(batch.loss_mask_BL)):
+        ids = np.argsort(-p_BLV[b, i - 1])[:K]  # the position before predicts the token
+        p, q = ([*x[b, i - 1, ids], 1 - x[b, i - 1, ids].sum()] for x in (p_BLV, q_BLV))
+        expected.append(sum(a * np.log(a / c) for a, c in zip(p, q, strict=True)))
+    assert float(logs["loss"].value()) == pytest.approx(np.mean(expected), rel=1e-4)
+
+
+def test_a_student_equal_to_the_teacher_does_not_change():
+    teacher, batch = distillation_rows()
+    state, logs = distillation_step()(state_lib.create(teacher, SGD), None, hyper(), batch, None)
+    assert float(logs["loss"].value()) == pytest.approx(0, abs=1e-6)
+    close(state.params, teacher, atol=1e-6)
+
+
+def test_distillation_does_not_depend_on_micro_batches():
+    _, batch = distillation_rows()
+    (one, _), (two, _) = (distillation_step(m)(fresh(), None, hyper(), batch, None) for m in (1, 2))
+    close(one.params, two.params, rtol=1e-5, atol=1e-7)
