@@ -149,6 +149,10 @@ def make_token_step(
         join: As for `make_train_step`.
         micro_batches: As for `make_train_step`.
         axis_name: As for `make_train_step`.
+
+    Returns:
+        A step with the inputs and metrics of that of `make_train_step`; ``loss`` is the mean over the loss mask, and
+        the bad rows are those with a loss that is not finite.
     """
 
     def loss_fn(frozen: Any, params: Any, batch: Any, total: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
