@@ -25,7 +25,7 @@ extensions = [
     "sphinx_copybutton",
 ]
 
-exclude_patterns = ["_build", "jupyter_execute", "**.ipynb_checkpoints"]
+exclude_patterns = ["_build", "jupyter_execute", "**.ipynb_checkpoints", "claims/**"]  # claims.md includes the last
 # A name in single backticks is a link where it names an object of the library, and code where it does not.
 default_role = "py:obj"
 

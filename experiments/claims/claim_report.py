@@ -111,12 +111,15 @@ def _section(folder: pathlib.Path, each: dict[str, Any]) -> str:
         f"<td>{_colored(part['verdict'])}</td></tr>"
         for part in each["parts"]
     )
-    seeds = ", ".join(map(str, each["seeds"]))
+    seeds, took = ", ".join(map(str, each["seeds"])), ""
+    if each["seconds"] is not None:
+        own, shared = each["seconds"] / 60, each["shared_seconds"] / 60
+        took = f" {own:.1f} minutes of one core, and {shared:.1f} for shared stages;"
     return f"""<h2 id="{each["id"]}">{each["id"]}: {html.escape(each["claim"])}</h2>
 <p>{html.escape(each["paper"])}. The paper: {html.escape(each["published"])}.</p>
 {svg.read_text() if svg.exists() else ""}
 <table><tr><th>statistic<th>value (95 % interval)<th>verdict</tr>{parts}</table>
 <p>{html.escape(each["differs"])}</p>
-<p><small>Seeds {seeds}; {each["n_prompts"]} held-out prompts per seed; {each["seconds"] / 60:.1f} minutes of one core,
-and {each["shared_seconds"] / 60:.1f} for shared stages; {each["date"]}, commit {each["commit"]}.</small></p>
+<p><small>Seeds {seeds}; {each["n_prompts"]} held-out prompts per seed;{took} {each["date"]}, commit
+{each["commit"]}.</small></p>
 """
