@@ -143,7 +143,7 @@ def digests_with(monkeypatch, module, old, new):
         ("rlhf_jax.losses.policy", "jnp.maximum(unclipped, clipped)", "unclipped", {"train_policy"}),
         ("rlhf_jax.simulation.labelers", ">= pool.lapse", "> pool.lapse", {"compare"}),
         ("rlhf_jax.simulation.labelers", "temperature=", "temperature =", set()),
-        ("rlhf_jax.train.sft", "nll = -masking", "nll = masking", {"pretrain", "fine_tune"}),
+        ("rlhf_jax.train.sft", "losses.next_token(batch", "-losses.next_token(batch", {"pretrain", "fine_tune"}),
     ],
 )
 def test_a_change_of_a_loss_rebuilds_the_stages_that_use_it(monkeypatch, module, old, new, rebuilt):
