@@ -121,7 +121,7 @@ def test_invalid_arguments_are_refused(call, match):
 
 def test_the_first_layers_are_those_of_the_model():
     cfg = lm.LMConfig.preset("tiny", n_layers=3, sliding_window=2, local_layers=(True, False, True))
-    params, tokens = lm.init(jax.random.key(0), cfg), np.array([[5, 6, 7, 8]])
+    params, tokens = lm.init(jax.random.key(0), cfg), jax.numpy.array([[5, 6, 7, 8]])
     whole, whole_cfg = lm.first_layers(params, cfg=cfg, layers=3)
     assert whole_cfg == cfg
     np.testing.assert_array_equal(

@@ -5,6 +5,7 @@ import json
 import math
 import threading
 import time
+from typing import Any
 
 import pytest
 
@@ -53,7 +54,7 @@ def server():
         def handle_error(self, request, client_address):
             pass  # a client that gave up
 
-    own = Server(("127.0.0.1", 0), Handler)
+    own: Any = Server(("127.0.0.1", 0), Handler)
     own.requests, own.headers, own.lock, own.reply = (
         [],
         [],
@@ -78,6 +79,7 @@ def label(server, **options):
 def test_the_probability_is_that_of_a_among_a_and_b(server):
     listed = (("A", 0.3), (" a", 0.1), ("(B", 0.2), ("Both", 0.4))
     server.reply = lambda request, number: (200, completion(tokens=listed))
+    answer: Any
     ((_, answer),) = endpoint(server, key="secret")(["question ("])
     assert answer.probability == pytest.approx(0.4 / 0.6) and answer.tokens == 7
     (request,) = server.requests
@@ -156,6 +158,7 @@ def test_numbers_that_are_no_log_probabilities_are_refused(server, logprob):
 
 def test_a_chain_of_thought_precedes_the_answer(server):
     server.reply = lambda request, number: (200, completion(text="The first is kinder."))
+    answer: Any
     ((_, answer),) = endpoint(server, think_tokens=50)(["Which? Answer with A or B.\nAnswer: ("])
     thought, last = server.requests
     assert thought["max_tokens"] == 50 and thought["temperature"] == 1.0 and "logprobs" not in thought

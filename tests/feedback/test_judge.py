@@ -155,7 +155,7 @@ def test_a_model_judges_by_its_log_probabilities():
     texts = ["short (", "a longer question (", "(", "x" * 100]
     answers = dict(judge(texts))
     for i, text in enumerate(texts):
-        row = np.array([list(text.encode())])
+        row = jax.numpy.array([list(text.encode())])
         logits = lm.logits(params, lm.forward(params, row, cfg=cfg).hidden_BLD[:, -1], cfg=cfg)[0]
         a, b = np.exp(np.float64(logits[65])), np.exp(np.float64(logits[66]))
         assert answers[i].probability == pytest.approx(a / (a + b), rel=1e-4) and answers[i].tokens == len(text)

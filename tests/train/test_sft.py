@@ -275,15 +275,15 @@ def distillation_step(micro_batches=1):
     return parallel.jit_step(sft.make_distillation_step(listed, micro_batches=micro_batches))
 
 
+def hidden(model, batch):
+    return lm.forward(model, batch.tokens_BL, mask_BL=batch.mask_BL, cfg=CFG).hidden_BLD
+
+
 def test_the_distillation_loss_is_the_mean_kl_over_k_tokens_and_the_rest():
     teacher, batch = distillation_rows()
     _, logs = distillation_step()(fresh(), None, hyper(), batch, None)
     p_BLV, q_BLV = (
-        np.float64(
-            jax.nn.softmax(
-                lm.logits(each, lm.forward(each, batch.tokens_BL, mask_BL=batch.mask_BL, cfg=CFG).hidden_BLD, cfg=CFG)
-            )
-        )
+        np.asarray(jax.nn.softmax(lm.logits(each, hidden(each, batch), cfg=CFG)), np.float64)
         for each in (teacher, params())
     )
     expected = []
