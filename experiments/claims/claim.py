@@ -34,5 +34,3 @@ class Claim:
     """Draws what was measured, as an SVG."""
     changes: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     """Settings of the trial that differ from those of other claims, by part and name. ``--quick`` leaves them out."""
-    minutes: float = 4.0
-    """Approximate duration with five seeds on two cores, beyond the shared stages."""

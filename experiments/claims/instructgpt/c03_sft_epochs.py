@@ -138,5 +138,4 @@ CLAIM = Claim(
     decide=decide,
     plot=plot,
     changes=MANY_COMPARISONS,
-    minutes=2.0,
 )

@@ -108,5 +108,4 @@ CLAIM = Claim(
     measure=measure,
     decide=decide,
     plot=plot,
-    minutes=0.5,
 )

@@ -84,5 +84,4 @@ CLAIM = Claim(
     measure=measure,
     decide=decide,
     plot=plot,
-    minutes=5.0,
 )

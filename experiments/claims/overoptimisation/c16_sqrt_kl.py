@@ -100,5 +100,4 @@ CLAIM = Claim(
     decide=decide,
     plot=plot,
     changes=MANY_COMPARISONS,
-    minutes=6.0,
 )

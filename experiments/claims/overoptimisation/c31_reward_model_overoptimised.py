@@ -89,5 +89,4 @@ CLAIM = Claim(
     measure=measure,
     decide=decide,
     plot=plot,
-    minutes=5.0,
 )

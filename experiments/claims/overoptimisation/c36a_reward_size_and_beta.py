@@ -89,5 +89,4 @@ CLAIM = Claim(
     decide=decide,
     plot=plot,
     changes=MANY_COMPARISONS,
-    minutes=5.0,
 )

@@ -78,5 +78,4 @@ CLAIM = Claim(
     decide=decide,
     plot=plot,
     changes=MANY_COMPARISONS,
-    minutes=3.0,
 )

@@ -167,5 +167,4 @@ CLAIM = Claim(
     measure=measure,
     decide=decide,
     plot=plot,
-    minutes=2.0,
 )

@@ -78,5 +78,4 @@ CLAIM = Claim(
     measure=measure,
     decide=decide,
     plot=plot,
-    minutes=2.0,
 )
