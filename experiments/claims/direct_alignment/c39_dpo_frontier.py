@@ -1,9 +1,9 @@
 """C39: DPO reaches at least the reward of PPO at equal KL (Rafailov et al. 2023, Figure 2).
 
 It also depends less on the sampling temperature. Both methods use the same rankings, DPO directly and PPO through a
-reward model, each with four KL coefficients. Gold utility is compared at equal KL, interpolated between the policies of
-each method and the SFT model, over the range of KL that both methods reach. One policy of each method is also sampled
-at several temperatures.
+reward model, each with three KL coefficients. Gold utility is compared at equal KL, interpolated between the policies
+of each method and the SFT model, over the range of KL that both methods reach. One policy of each method is also
+sampled at several temperatures.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from claims.trial import Trial
 from rlhf_jax import diagnostics, types
 from rlhf_jax.report import plots
 
-BETAS = (0.03, 0.1, 0.3, 1.0)
+BETAS = (0.03, 0.1, 0.3)
 """Betas of DPO, in units of the labelers' utility."""
-KL_COEFS = (0.01, 0.03, 0.1, 0.3)
+KL_COEFS = (0.01, 0.03, 0.1)
 """KL coefficients of PPO."""
 MIDDLE = 1
 """Number of the coefficient whose policy is sampled at several temperatures."""

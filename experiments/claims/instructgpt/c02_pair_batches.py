@@ -4,7 +4,7 @@ If pairs are shuffled, each answer is in several updates of a single epoch, and 
 overfit too, and a learning rate that is 50 % lower or higher makes no difference. Reward models are trained on the same
 few prompts, in small batches so that there are enough updates, and the log-loss is measured on prompts that ask
 something else. A batch of shuffled pairs has about as many answers as a batch of whole prompts, so shuffled pairs take
-more updates. The log-losses of the arms that differ in the learning rate are averages over three runs, because those of
+more updates. The log-losses of the arms that differ in the learning rate are averages over two runs, because those of
 single runs vary by about 0.01.
 """
 
@@ -24,7 +24,7 @@ from rlhf_jax.report import plots
 
 RATE = 2.0
 """Factor on the learning rate of the recipe, which trains on more prompts in larger batches."""
-RUNS = 3
+RUNS = 2
 ARMS: dict[str, dict[str, Any]] = {
     "grouped": {"runs": RUNS},
     "shuffled": {"shuffled": True},
