@@ -26,7 +26,15 @@ from rlhf_jax.diagnostics.calibration import (
     expected_calibration_error,
     overconfidence,
 )
-from rlhf_jax.diagnostics.diversity import distinct_n, self_overlap, token_entropy
+from rlhf_jax.diagnostics.diversity import (
+    distinct_n,
+    entropy_ratio,
+    equal_distinct_n,
+    matched_temperature,
+    self_bleu,
+    self_overlap,
+    token_entropy,
+)
 from rlhf_jax.diagnostics.goodhart import FallFromPeak, SplitHalves, fall_from_peak, regressional_goodhart, split_halves
 from rlhf_jax.diagnostics.intervals import (
     Estimate,
@@ -78,6 +86,8 @@ __all__ = [
     "clustered_mean",
     "difference",
     "distinct_n",
+    "entropy_ratio",
+    "equal_distinct_n",
     "expected_calibration_error",
     "fall_from_peak",
     "generalisation_gap",
@@ -85,6 +95,7 @@ __all__ = [
     "length_controlled_win_rate",
     "length_controlled_win_rates",
     "length_correlation",
+    "matched_temperature",
     "mean_interval",
     "ood",
     "outcome_rate",
@@ -94,6 +105,7 @@ __all__ = [
     "quantile_buckets",
     "ratio_interval",
     "regressional_goodhart",
+    "self_bleu",
     "self_overlap",
     "split_halves",
     "token_entropy",
