@@ -7,8 +7,10 @@
 The first policy is the baseline. Each policy samples --n answers to each prompt. The table has the mean score of each
 policy, its win rate against the baseline (a tie counts as one half), the win rate at equal length in characters, the KL
 to the baseline or to --reference in nats per answer, the length in tokens of the policy's own tokenizer, the share of
-answers that the policy ended itself, and the share of distinct pairs of words. Intervals are 95 % and clustered by what
-is asked. The policies and the judges may have different tokenizers; a KL needs the same tokenizer and chat template.
+answers that the policy ended itself, and their diversity: the share of distinct pairs among equally many pairs of words
+of each policy, self-BLEU, and the entropy per token, also relative to the baseline's. Intervals are 95 % and clustered
+by what is asked. The policies and the judges may have different tokenizers; a KL needs the same tokenizer and chat
+template.
 
 The output folder contains results.json, report.html with the answers to some prompts side by side, config.json, and
 samples/ with the answers of each policy, in the format of sample.py.
@@ -265,7 +267,8 @@ def measure_all(
     n = len(policies[0].lines[0])
     used = [given.at(rows, n) for given in policies]
     asked = judges.clusters(used, note=note)
-    table = [{"path": given.path, **judges.describe(given, asked)} for given in used]
+    diversity = judges.describe_diversity(used, asked)
+    table = [{"path": given.path, **judges.describe(given, asked), **each} for given, each in zip(used, diversity)]
     for given, row, reference_NS in zip(used, table, reference_PNS):
         if given.logprobs_NS is not None and reference_NS is not None:
             log_ratios = given.logprobs_NS - reference_NS[rows]
@@ -323,6 +326,9 @@ def results_table(results: dict[str, Any]) -> Table:
     add("length, characters", "characters", digits=1)
     add("stopped, %", "stopped", percent=True)
     add("distinct pairs of words", "diversity")
+    add("self-BLEU", "self_bleu")
+    add("entropy, nats per token", "entropy")
+    add("  relative to the baseline", "entropy_ratio")
     return table
 
 

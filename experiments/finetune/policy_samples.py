@@ -73,8 +73,11 @@ def compare(before: Measured, after: Measured, prompts: Prompts) -> dict[str, An
     mean = partial(_mean, asked_B=prompts.asked_B)
     reward, old = after.scores["reward"], before.scores["reward"]
     win_rate = mean(diagnostics.win_outcomes(reward, old), rate=True)
+    rows = {BEFORE: _numbers(before, prompts), AFTER: _numbers(after, prompts) | {"win_rate": win_rate}}
+    for row, diversity in zip(rows.values(), _diversity(before.sampled, after.sampled, prompts)):
+        row |= diversity
     return {
-        "policies": {BEFORE: _numbers(before, prompts), AFTER: _numbers(after, prompts) | {"win_rate": win_rate}},
+        "policies": rows,
         "baseline": BEFORE,
         "clusters": {"evaluation": len(np.unique(prompts.asked_B))},
         "reward_change": mean(reward - old),
@@ -87,8 +90,6 @@ def _mean(values: Any, *, asked_B: np.ndarray, rate: bool = False) -> list[float
 
 def _numbers(measured: Measured, prompts: Prompts) -> dict[str, Any]:
     mean, rollout = partial(_mean, asked_B=prompts.asked_B), measured.sampled.rollout
-    P = prompts.tokens_BP.shape[1]
-    ids = [row[P:][mask].tolist() for row, mask in zip(rollout.tokens_BL, rollout.response_mask_BT)]
     parts = {name: mean(scores) for name, scores in measured.scores.items() if name != "reward"}
     return {
         "reward": mean(measured.scores["reward"]),
@@ -96,8 +97,28 @@ def _numbers(measured: Measured, prompts: Prompts) -> dict[str, Any]:
         "kl": mean(measured.sampled.kl_B),
         "length": mean(rollout.lengths_B),
         "stopped": mean(np.asarray(rollout.finish_B) == 1, rate=True),
-        "diversity": float(diagnostics.distinct_n(ids, n=2)),
     }
+
+
+def _diversity(before: Sampled, after: Sampled, prompts: Prompts) -> list[dict[str, Any]]:
+    """Returns the diversity of both policies' answers, at equally many pairs of tokens, and the ratio of entropies.
+
+    The entropies are estimated from the log-probabilities of the answers.
+    """
+    P = prompts.tokens_BP.shape[1]
+    rollouts = before.rollout, after.rollout
+    sets = [
+        [row[P:][mask].tolist() for row, mask in zip(each.tokens_BL, each.response_mask_BT)]  # pyright: ignore
+        for each in rollouts
+    ]
+    columns = [(-np.asarray(each.logprobs_BT, np.float64).sum(axis=1), each.lengths_B) for each in rollouts]
+    ratio = diagnostics.entropy_ratio(*columns[1], *columns[0], clusters=prompts.asked_B.tolist())
+    rows: list[dict[str, Any]] = [
+        {"diversity": distinct, "self_bleu": diagnostics.self_bleu(each)}
+        for distinct, each in zip(diagnostics.equal_distinct_n(sets, n=2), sets)
+    ]
+    rows[1]["entropy_ratio"] = list(ratio)
+    return rows
 
 
 def table(results: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -112,6 +133,7 @@ def table(results: dict[str, Any]) -> list[tuple[str, Any]]:
         rows.insert(2, ("change of the reward", results["reward_change"]))
         rows.insert(3, ("win rate of after against before", after["win_rate"]))
         rows.insert(4, ("KL from the reference after, nats per answer", after["kl"]))
+        rows.append(("entropy per token, after relative to before", after["entropy_ratio"]))
     return [*rows, ("iterations", results["iterations"]), ("sampled tokens per second", results["tokens_per_second"])]
 
 

@@ -142,10 +142,7 @@ def _at_equal_length(outcomes: np.ndarray, lengths: Any, others: Any, asked: lis
 
 
 def describe(given: Given, asked: list[int]) -> dict[str, Any]:
-    """Returns what does not depend on a judge: lengths, the share of finished answers, and diversity.
-
-    Diversity is the share of distinct pairs among all pairs of consecutive words. It has no interval.
-    """
+    """Returns what depends neither on a judge nor on other policies: lengths and the share of finished answers."""
     lines = flat(given)
     row: dict[str, Any] = {}
     if all("tokens" in line for line in lines):
@@ -153,8 +150,41 @@ def describe(given: Given, asked: list[int]) -> dict[str, Any]:
     row["characters"] = list(diagnostics.clustered_mean([float(len(line["response"])) for line in lines], asked))
     if all("stopped" in line for line in lines):
         row["stopped"] = list(diagnostics.clustered_mean([line["stopped"] for line in lines], asked, rate=True))
-    row["diversity"] = diagnostics.distinct_n([line["response"].split() for line in lines], n=2)
     return row
+
+
+def describe_diversity(policies: Sequence[Given], asked: list[int]) -> list[dict[str, Any]]:
+    """Returns how diverse the answers of each policy are.
+
+    ``diversity`` is the share of distinct pairs among all pairs of consecutive words, of which all policies have
+    equally many. ``self_bleu`` compares the words of each answer with those of all others. Neither has an interval.
+    The mean entropy per token is estimated from the log-probabilities of the answers, if they are known, and divided by
+    that of the first policy if that has the same tokens.
+    """
+    words = [[line["response"].split() for line in flat(given)] for given in policies]
+    rows: list[dict[str, Any]] = [
+        {"diversity": ratio, "self_bleu": diagnostics.self_bleu(each)}
+        for ratio, each in zip(diagnostics.equal_distinct_n(words, n=2), words)
+    ]
+    index = np.unique(asked, return_inverse=True)[1].ravel()
+    first = _surprise(policies[0])
+    for row, given in zip(rows, policies):
+        own = _surprise(given)
+        if own is None:
+            continue
+        row["entropy"] = list(
+            diagnostics.ratio_interval(*(np.bincount(index, weights=each) for each in own), rate=False)
+        )
+        if first is not None and given is not policies[0] and given.vocabulary == policies[0].vocabulary:
+            row["entropy_ratio"] = list(diagnostics.entropy_ratio(*own, *first, clusters=asked))
+    return rows
+
+
+def _surprise(given: Given) -> tuple[np.ndarray, np.ndarray] | None:
+    """Returns the negative log-probability and the number of tokens of each answer; None if they are unknown."""
+    if given.logprobs_NS is None:
+        return None
+    return -given.logprobs_NS.ravel().astype(np.float64), np.array([line["tokens"] for line in flat(given)], np.float64)
 
 
 def flat(given: Given) -> list[dict[str, Any]]:

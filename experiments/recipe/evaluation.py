@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from launch import device_mesh, host_agreement
 
-from recipe import policy_sampling, reward_diagnosis
+from recipe import answer_diversity, policy_sampling, reward_diagnosis
 from recipe.jobs import Job
 from recipe.policy_sampling import Answers
 from recipe.tasks import PromptSet
@@ -37,11 +37,12 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluates all policies on the same held-out prompts and returns the entries for results.json.
 
-    Every mean over prompts is ``[mean, low, high]`` with its 95 % interval, clustered by what the prompts ask. The
-    diversity and the KL of best-of-n have no interval.
+    Every mean over prompts is ``[mean, low, high]`` with its 95 % interval, clustered by what the prompts ask.
+    Distinct-2, self-BLEU and the KL of best-of-n have no interval.
     """
     settings, prompts = job.settings.evaluation, job.task.eval_prompts
-    job.progress.start("evaluate", len(policies) + 2)
+    total = len(policies) + 3
+    job.progress.start("evaluate", total)
     probe = make_probe(job)
     reference = policies["sft_mix"]
     key = job.key("evaluate")
@@ -50,12 +51,14 @@ def evaluate(
     few = min(settings.best_of_prompts, len(prompts))
     for number, (name, policy) in enumerate(policies.items()):
         answers = sampler(policy, reference, reward, prompts, jax.random.fold_in(key, number))
-        measured[name] = Measured(answers, numbers(prompts, answers, few=few) | probe(policy))
-        job.progress.update("evaluate", number + 1, len(policies) + 2)
+        measured[name] = Measured(answers, numbers(prompts, answers) | probe(policy))
+        job.progress.update("evaluate", number + 1, total)
     again = sampler(policies["sft"], reference, reward, prompts, jax.random.fold_in(key, 100))
     best, curve = _best_of_n(job, policies["sft_mix"], reward, jax.random.fold_in(key, 101))
     measured["best_of_n"] = best
-    job.progress.update("evaluate", len(policies) + 1, len(policies) + 2)
+    job.progress.update("evaluate", len(policies) + 1, total)
+    _add_diversity(job, policies, measured, reward, jax.random.fold_in(key, 102))
+    job.progress.update("evaluate", len(policies) + 2, total)
 
     results: dict[str, Any] = {"policies": {}, "transcripts": _transcripts(job, measured)}
     world, asked_B = job.task.world, prompts.asked_B
@@ -84,7 +87,7 @@ def evaluate(
     if settings.temperature is not None:
         results["temperature"] = {"policies": settings.temperature, "best_of_n": job.settings.ppo.temperature}
     results["held_out"] = {"prompts": len(prompts), "asked": len(np.unique(asked_B))}
-    job.progress.update("evaluate", len(policies) + 2, len(policies) + 2)
+    job.progress.update("evaluate", total, total)
     job.progress.finish("evaluate")
     return results
 
@@ -98,21 +101,36 @@ def mean(values: Any, asked_B: np.ndarray, *, rate: bool = False) -> list[float]
     return list(diagnostics.clustered_mean(np.asarray(values, np.float64), asked_B.tolist(), rate=rate))
 
 
-def numbers(prompts: PromptSet, answers: Answers, *, few: int) -> dict[str, Any]:
-    """Returns the metrics of a policy that require no baseline.
+def _add_diversity(
+    job: Job, policies: dict[str, types.Params], measured: dict[str, Measured], reward: types.Params, rng: jax.Array
+) -> None:
+    """Adds the diversity of the answers to the first prompts, which best-of-n answers too, and of their entropy."""
+    few = len(measured["best_of_n"].answers.lengths_B)
+    answers = {name: _first(each.answers, few) for name, each in measured.items()}
+    prompts = job.task.eval_prompts.take(few)
+    narrowed = answer_diversity.of_policies(
+        job,
+        policies,
+        answers,
+        prompts,
+        reward,
+        initial="sft_mix",
+        matched=tuple(name for name in policies if name not in ("base", "sft", "sft_mix")),
+        rng=rng,
+    )
+    for name, found in answer_diversity.of_answers(answers, prompt_width=prompts.tokens_BP.shape[1]).items():
+        measured[name].numbers.update(found | narrowed.get(name, {}))
 
-    ``answers`` may answer only the first prompts. The diversity of a set falls with its size, so it is computed from
-    the answers to the first ``few`` prompts, which all policies answer.
-    """
-    P, n = prompts.tokens_BP.shape[1], len(answers.lengths_B)
+
+def numbers(prompts: PromptSet, answers: Answers) -> dict[str, Any]:
+    """Returns the metrics of a policy that require no baseline; ``answers`` may answer only the first prompts."""
+    n = len(answers.lengths_B)
     asked_B, categories = prompts.asked_B[:n], np.asarray(prompts.categories[:n])
-    responses = [row[P:][mask].tolist() for row, mask in zip(answers.tokens_BL[:few], answers.response_mask_BT[:few])]
     numbers: dict[str, Any] = {
         "reward": mean(answers.scores_B, asked_B),
         "kl": mean(answers.kl_B, asked_B),
         "length": mean(answers.lengths_B, asked_B),
         "stopped": mean(answers.stopped_B, asked_B, rate=True),
-        "diversity": float(diagnostics.distinct_n(responses, n=2)),
     }
     if answers.unknown_B is not None:
         numbers["unknown_words"] = mean(answers.unknown_B, asked_B, rate=True)
@@ -257,7 +275,7 @@ def _best_of_n(job: Job, policy: types.Params, reward: types.Params, rng: jax.Ar
     pool = job.sampler(policy, policy, reward, prompts.at(np.repeat(np.arange(N), n)), rng)
     pick = np.arange(N) * n + pool.scores_B.reshape(N, n).argmax(axis=1)
     best = jax.tree.map(lambda x: x[pick], pool)
-    found = numbers(prompts, best, few=N) | {"n": n, "prompts": N}
+    found = numbers(prompts, best) | {"n": n, "prompts": N}
     found |= {"kl": policy_sampling.best_of_kl(pool, n, [n])[0], "kl_bound": float(diagnostics.best_of_n_kl(n))}
     return Measured(best, found), best_of_n_curve(pool, prompts.asked_B)
 

@@ -93,7 +93,11 @@ COLUMNS = (
     Column("truthful_rate", "Truthful (%)", "truth\n%", percent=True),
     Column("harm_rate", "Harmful (%)", "harm\n%", percent=True),
     Column("length", "Length (tokens)", "len", digits=1),
-    Column("diversity", "Diversity", "", digits=3),
+    Column("diversity", "Distinct pairs (share)", "", digits=3),
+    Column("self_bleu", "Self-BLEU", "", digits=3),
+    Column("entropy", "Entropy (nats per token)", "", digits=3),
+    Column("entropy_ratio", "Entropy relative to the initial model", "", digits=3),
+    Column("matched_temperature", "Temperature of the initial model with this entropy", "", digits=2),
 )
 
 

@@ -8,7 +8,9 @@ import json
 import pathlib
 
 _FOLDER = pathlib.Path(__file__).parent / "smoke_run"
-OF_HUMAN_DATA = {"reward", "kl", "length", "stopped", "diversity", "pretraining_loss", "kl_bound", "n", "prompts"}
+OF_HUMAN_DATA = {"reward", "kl", "length", "stopped", "pretraining_loss", "kl_bound", "n", "prompts"} | {
+    *("diversity", "self_bleu", "entropy", "entropy_ratio", "matched_temperature")
+}
 """The fields of a policy in a run on human comparisons, which have no gold utility."""
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import sweep
 from launch import published_settings, run_folder, setting_checks, settings
-from recipe import comparison_data, evaluation, jobs, policy_sampling, precompile, rl_methods, tasks
+from recipe import answer_diversity, comparison_data, jobs, policy_sampling, precompile, rl_methods, tasks
 from rich import console
 from sweeps import frontier_plot, run_grid
 
@@ -321,17 +321,50 @@ def test_runs_are_evaluated_on_held_out_prompts_during_training(tmp_path):
     )
 
 
-def test_diversity_uses_as_many_answers_of_a_policy_as_of_best_of_n(tmp_path):
+@pytest.mark.parametrize("temperature", [None, 0.5])
+def test_the_diversity_of_a_policy_is_compared_with_that_of_the_initial_model(tmp_path, temperature):
     asked = small()
-    job = job_in(
-        tmp_path, dataclasses.replace(asked, evaluation=dataclasses.replace(asked.evaluation, best_of_prompts=3))
+    settings = dataclasses.replace(asked, evaluation=dataclasses.replace(asked.evaluation, temperature=temperature))
+    job = job_in(tmp_path, settings)
+    shared, prompts, base = shared_by(job), job.task.eval_prompts, temperature or 1.0
+    sharp = shared.start | {"embed": jax.tree.map(lambda x: 1.5 * x, shared.start["embed"])}
+    policies = {"sft_mix": shared.start, "ppo": sharp}
+    answers = {
+        name: job.sampler(params, shared.start, shared.reward, prompts, jax.random.key(0), temperature=base)
+        for name, params in policies.items()
+    }
+    found = answer_diversity.of_policies(
+        job, policies, answers, prompts, shared.reward, initial="sft_mix", matched=("ppo",), rng=jax.random.key(1)
     )
+    for name, params in policies.items():
+        rows = answers[name]
+        logits = lm.logits(
+            params, lm.forward(params, rows.tokens_BL, cfg=job.cfg, mask_BL=rows.mask_BL).hidden_BLD, cfg=job.cfg
+        )
+        logprobs = jax.nn.log_softmax(logits.astype(np.float32) / base)
+        entropy_BL = -np.sum(np.exp(logprobs) * logprobs, axis=-1)
+        P = job.task.prompt_width
+        entropy = entropy_BL[:, P - 1 : -1][rows.response_mask_BT].mean()
+        assert found[name]["entropy"][0] == pytest.approx(entropy, rel=1e-4)
+    assert found["sft_mix"]["entropy_ratio"] == pytest.approx([1, 1, 1])
+    narrow, wide = (found[name]["entropy"][0] for name in ("ppo", "sft_mix"))
+    assert found["ppo"]["entropy_ratio"][0] == pytest.approx(narrow / wide)
+    mean, low, high = found["ppo"]["matched_temperature"]
+    assert narrow < wide and low < mean < high
+    assert 0.1 * base < mean < base
+    assert "matched_temperature" not in found["sft_mix"]
+
+
+def test_policies_are_compared_at_equally_many_pairs_of_tokens(tmp_path):
+    job = job_in(tmp_path, small())
     shared = shared_by(job)
     answers = run_grid.sample_answers(job, shared, job.task.eval_prompts, shared.start, seed=0)
-    assert len(answers.lengths_B) == 8
     few = jax.tree.map(lambda x: x[:3], answers)
-    values = [evaluation.numbers(job.task.eval_prompts, each, few=3)["diversity"] for each in (answers, few)]
-    assert values[0] == values[1] > 0
+    P = job.task.prompt_width
+    found = answer_diversity.of_answers({"few": few, "many": answers}, prompt_width=P)
+    sets = [[row[P:][mask].tolist() for row, mask in zip(x.tokens_BL, x.response_mask_BT)] for x in (few, answers)]
+    assert [each["diversity"] for each in found.values()] == diagnostics.equal_distinct_n(sets, n=2)
+    assert found["many"]["self_bleu"] == diagnostics.self_bleu(sets[1])
 
 
 def test_equal_answers_share_a_score_so_that_the_kl_of_best_of_n_is_lower(tmp_path):

@@ -452,8 +452,16 @@ def test_evaluate_agrees_with_a_direct_computation(compared, reward_model):
     for row, lines in zip((first, second), samples):
         assert row["length"][0] == pytest.approx(np.mean([line["tokens"] for line in lines]))
         assert row["stopped"][0] == pytest.approx(np.mean([line["stopped"] for line in lines]))
-        pairs = [pair for line in lines for pair in zip(line["response"].split(), line["response"].split()[1:])]
-        assert row["diversity"] == pytest.approx(len(set(pairs)) / len(pairs))
+    words = [[line["response"].split() for line in lines] for lines in samples]
+    assert [row["diversity"] for row in (first, second)] == pytest.approx(diagnostics.equal_distinct_n(words, n=2))
+    assert [row["self_bleu"] for row in (first, second)] == pytest.approx(
+        [diagnostics.self_bleu(each) for each in words]
+    )
+    for row, lines in zip((first, second), samples):
+        logprob, tokens = (sum(line[name] for line in lines) for name in ("logprob", "tokens"))
+        assert row["entropy"][0] == pytest.approx(-logprob / tokens, rel=1e-3)
+    assert second["entropy_ratio"][0] == pytest.approx(second["entropy"][0] / first["entropy"][0])
+    assert "entropy_ratio" not in first
 
 
 def test_the_kl_is_the_mean_log_ratio_at_the_sampling_temperature(compared, policies):
