@@ -2,12 +2,13 @@
 
     python experiments/sample.py --model runs/NAME --prompts prompts.jsonl --out samples.jsonl
     python experiments/sample.py --model path/to/Qwen2.5-0.5B --prompts FILE --n 4 --temperature 0.7 --top-p 0.9
+    python experiments/sample.py --model runs/NAME --prompts FILE --gate GATE     refuses unusual prompts; see gate.py
 
 The output has one JSON object per answer: prompt (messages), response (text without special tokens), tokens (number of
 tokens with the stop token), stopped (whether the model ended the answer itself), logprob (sum of the tokens'
 log-probabilities under the distribution from which they were drawn), index (number of the prompt), sample (number of
 the answer to this prompt) and metadata (the other fields of the prompt's record). It can be used as a file of prompts
-or of demonstrations.
+or of demonstrations. With --gate, the answers to refused prompts have refused, the text of --refusal and no tokens.
 
 An interrupted run leaves its answers in OUT.partial; the same command continues it.
 """
@@ -19,6 +20,7 @@ from typing import Any
 
 from finetune import sampling_settings
 from launch import command_line, process_setup
+from launch.run_settings import SettingError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,10 @@ class Files:
     selects several files."""
     out: str = "samples.jsonl"
     """JSONL file to write."""
+    gate: str | None = None
+    """Output folder of gate.py. Prompts that it refuses are not answered. None answers all."""
+    refusal: str = "I cannot help with that."
+    """Answer to the prompts that --gate refuses."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +49,8 @@ def parse(arguments: list[str]) -> SampleSettings:
     """Parses the command line; raises SettingError for invalid settings."""
     settings = command_line.parse_as(SampleSettings, arguments, prog="sample.py", doc=__doc__)
     sampling_settings.check(settings)
+    if settings.gate is None and settings.refusal != Files.refusal:
+        raise SettingError("--refusal has no effect without --gate; leave it out")
     return settings
 
 
@@ -53,7 +61,8 @@ if __name__ == "__main__":
 import time
 
 from finetune import answers
-from launch import device_mesh, entry_point, initial_model
+from judging import prompt_gate
+from launch import device_mesh, entry_point, initial_model, run_folder
 from recipe import run_setup
 from rich.console import Console
 from rich.text import Text
@@ -80,14 +89,33 @@ def run(settings: SampleSettings) -> list[dict[str, Any]]:
     prompts = answers.encode_prompts(
         model, found, width=settings.prompt_width, max_new_tokens=settings.max_new_tokens, counts=counts
     )
-    file = answers.SampleFile(settings.out, answers.identity(settings, model, settings.prompts))
+    identity = answers.identity(settings, model, settings.prompts)
+    gate = None if settings.gate is None else prompt_gate.load(settings.gate, model)
+    if settings.gate is not None:
+        digest = run_folder.data_digest(str(prompt_gate.file_of(settings.gate)))
+        identity |= {"the file of --gate": digest, "--refusal": settings.refusal}
+    file = answers.SampleFile(settings.out, identity)
     if file.lines:
         run_setup.print_line(out, f"continuing {settings.out}, which has {errors.counted(len(file.lines), 'answers')}")
     run_setup.print_line(out, f"data: {errors.counted(len(prompts.ids), 'prompts')}; {counts.report()}")
     run_setup.print_line(out, f"model: {model.path} ({cfg.model_type}); chat template: {model.fmt.origin}")
     run_setup.print_line(out, run_setup.describe_dtype(cfg))
     sampler = answers.sampler(settings, model, mesh)
-    with console.StageProgress([("sample", 60.0)], elapsed=time.time() - process_setup.START_TIME) as progress:
+    stages = [*([] if gate is None else [("gate", 5.0)]), ("sample", 60.0)]
+    with console.StageProgress(stages, elapsed=time.time() - process_setup.START_TIME) as progress:
+        if gate is not None:
+            hidden_ND = prompt_gate.hidden_states(
+                model,
+                prompts.ids,
+                layer=gate.layer,
+                batch=settings.batch,
+                mesh=mesh,
+                on_progress=lambda done, total: progress.update("gate", done, total),
+            )
+            refused_N, done = gate.refuses(hidden_ND), file.done
+            refused = prompt_gate.refusals(model.fmt, prompts, refused_N, n=settings.n, text=settings.refusal)
+            file.append([line for line in refused if (line["index"], line["sample"]) not in done])
+            progress.finish("gate")
         lines = answers.sample_file(
             sampler,
             model,
@@ -99,11 +127,19 @@ def run(settings: SampleSettings) -> list[dict[str, Any]]:
         )
         progress.finish("sample")
     print_examples(out, lines)
-    stopped = sum(line["stopped"] for line in lines) / len(lines)
-    tokens = sum(line["tokens"] for line in lines) / len(lines)
+    if gate is not None:
+        number = len({line["index"] for line in lines if line.get("refused")})
+        text = f"refused by --gate: {number} of {errors.counted(len(prompts.ids), 'prompts')}"
+        run_setup.print_line(out, text)
+    answered = [line for line in lines if not line.get("refused")]
+    if not answered:
+        run_setup.print_line(out, f"all prompts were refused by --gate {settings.gate}: {settings.out}")
+        return lines
+    stopped = sum(line["stopped"] for line in answered) / len(answered)
+    tokens = sum(line["tokens"] for line in answered) / len(answered)
     run_setup.print_line(
         out,
-        f"{errors.counted(len(lines), 'answers')}, {tokens:.1f} tokens on average, {stopped:.1%} stopped: "
+        f"{errors.counted(len(answered), 'answers')}, {tokens:.1f} tokens on average, {stopped:.1%} stopped: "
         f"{settings.out}",
     )
     return lines

@@ -19,7 +19,7 @@ VERSION = 4
 """Version of the run folder's layout. Runs with a different version, or without a version, are refused."""
 
 
-TOOLS = ("evaluate", "rewardbench", "compare_runs")
+TOOLS = ("evaluate", "rewardbench", "compare_runs", "gate")
 """Commands that train no model, whose runs cannot be resumed."""
 
 
