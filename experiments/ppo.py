@@ -41,6 +41,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 from finetune import policy_data, policy_inputs, policy_rewards, policy_samples, stage_run, training
 from launch import device_mesh, entry_point, run_folder
 from recipe import engine, monitoring, optimiser_choice, rl_methods
@@ -139,7 +140,10 @@ def _train(
 
     parts = policy_rewards.parameters(job, scorer, sample_some, normalise=settings.normalise, size=size)
     start, critic = _trainables(job, settings, inputs, parts, key=jax.random.fold_in(key, 4))
-    frozen = ppo.Frozen(inputs.reference, {"parts": parts, "critic": None if critic is None else critic.frozen})
+    reward = {"parts": parts, "critic": None if critic is None else critic.frozen}
+    if inputs.rewards.ensemble:
+        reward["penalty"] = np.float32(settings.ppo.uncertainty)
+    frozen = ppo.Frozen(inputs.reference, reward)
     if settings.critic == ZERO_HEAD:
         models = models._replace(join=ppo.shared_trunk)
     elif settings.lora.rank is not None:
@@ -239,6 +243,7 @@ def _trainables(
     else:
         name = next((name for name, each in inputs.rewards.models.items() if each is inputs.critic), None)
         cfg, initial = inputs.critic.cfg, inputs.critic.params if name is None else parts[name]
+        initial = policy_rewards.one_head(initial)
     return start, training.trainable(settings.lora, cfg, job.put_params(initial), jax.random.fold_in(key, 2))
 
 

@@ -112,6 +112,24 @@ def weighted(
     return score
 
 
+def penalise_disagreement(scores_BK: jax.Array, *, coef: float | jax.Array) -> jax.Array:
+    """Returns the mean over K reward models minus ``coef`` times their standard deviation, ``[B]``.
+
+    The models, or the heads of one model, form an ensemble that disagrees where it has little data, so the penalty
+    discourages a policy from leaving the data. Coste et al. 2023 (uncertainty-weighted optimisation) subtract the
+    variance; the standard deviation has the unit of the scores. The lowest score, ``scores_BK.min(axis=-1)``, is their
+    worst-case optimisation. Normalise the scores of each model first. The standard deviation is that of the population.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from rlhf_jax import rewards
+        >>> print(rewards.penalise_disagreement(jnp.array([[1.0, 3.0]]), coef=0.5))
+        [1.5]
+    """
+    scores_BK = masking.as_float32(scores_BK)
+    return jnp.mean(scores_BK, axis=-1) - coef * jnp.std(scores_BK, axis=-1)
+
+
 def from_python(
     fn: Callable[[np.ndarray, np.ndarray, np.ndarray], Any], *, per_token: bool = False
 ) -> Callable[[Any, types.Rollout], jax.Array]:

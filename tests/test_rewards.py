@@ -116,6 +116,20 @@ def test_weighted_puts_scores_of_responses_at_the_last_token_beside_scores_of_to
     np.testing.assert_allclose(score({"steps": None, "whole": 10.0}, rollout), [[0, 7, 0], [6, 8, 20], [0, 0, 0]])
 
 
+@hypothesis.given(seed=st.integers(0, 1000), coef=st.floats(0, 3))
+def test_the_penalty_for_disagreement_agrees_with_a_loop(seed, coef):
+    scores = np.random.default_rng(seed).normal(size=(B, 3))
+    means = [sum(row) / 3 for row in scores]
+    stds = [np.sqrt(sum((x - mean) ** 2 for x in row) / 3) for row, mean in zip(scores, means)]
+    expected = np.array(means) - coef * np.array(stds)
+    np.testing.assert_allclose(rewards.penalise_disagreement(scores, coef=coef), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_ensemble_that_agrees_has_no_penalty():
+    scores = np.repeat(np.array([[1.0], [-2.0]]), 4, axis=1)
+    np.testing.assert_array_equal(rewards.penalise_disagreement(scores, coef=10.0), [1.0, -2.0])
+
+
 def test_a_python_function_may_score_every_token():
     mask = jnp.array([[True, True, False], [True, False, False]])
     rollout = types.Rollout(mask, mask, mask, mask, mask.sum(1), mask.sum(1))

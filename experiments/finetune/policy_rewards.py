@@ -8,17 +8,20 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from launch import initial_model
 from launch.run_settings import SettingError
 from recipe import engine
 
-from finetune import answers, outcome
+from finetune import answers, outcome, policy_settings
 from finetune.policy_data import Prompts
 from finetune.reward_functions import RewardFunction
 from rlhf_jax import lm, parallel, rewards, types
 from rlhf_jax.data import chat
 
+ENSEMBLE = "model"
+"""Name of the reward of an ensemble of all reward models."""
 NORMALISED_ON = 256
 """Maximum number of answers on which the scores of reward models are normalised."""
 
@@ -30,6 +33,11 @@ class Rewards:
     models: dict[str, initial_model.InitialModel]
     functions: dict[str, RewardFunction]
     weights: dict[str, float]
+    """Weights of the models and the functions; an ensemble of all models has one, by the name `ENSEMBLE`."""
+    ensemble: bool = False
+    """Whether the models and their heads form an ensemble."""
+    worst_case: bool = False
+    """Whether the reward of the ensemble is its lowest score, instead of the mean with a penalty for disagreement."""
 
     @property
     def failure(self) -> SettingError | None:
@@ -54,25 +62,37 @@ def load(
         SettingError: One of the models is unusable.
     """
     loaded: list[tuple[str, Any]] = []
+    ensemble, members = policy_settings.is_ensemble(settings), 0
     for path in settings.reward_model:
         model = load_compatible(path, "--reward-model", policy, mesh, compute=settings.compute)
-        if (heads := lm.heads.count_heads(model.params)) is not None:
+        heads = lm.heads.count_heads(model.params)
+        if heads is not None and not ensemble:
             raise SettingError(
-                f"cannot use --reward-model {path}: it has {heads} heads; combine them with lm.heads.combine and save "
-                "the model"
+                f"cannot use --reward-model {path}: it has {heads} heads; use them as an ensemble with "
+                "--ppo.uncertainty or --ppo.worst-case, or combine them with lm.heads.combine and save the model"
             )
         loaded.append(("model", model))
+        members += heads or 1
+    if ensemble and members < 2:
+        flag = "worst-case" if settings.ppo.worst_case else "uncertainty"
+        raise SettingError(
+            f"--ppo.{flag} needs an ensemble, but --reward-model {settings.reward_model[0]} has one head; give several "
+            "models, or one with several heads (--training.heads and --training.keep-heads of reward_model.py)"
+        )
     loaded += [(function.name, function) for function in functions]
     names: list[str] = []
     for name, _ in loaded:
         n = 1 + sum(each == name or each.rpartition("_")[0] == name for each in names)
         names.append(name if n == 1 else f"{name}_{n}")
-    weights = settings.reward_weights or (1.0,) * len(loaded)
+    rewarded = [ENSEMBLE, *names[len(settings.reward_model) :]] if ensemble else names
+    weights = settings.reward_weights or (1.0,) * len(rewarded)
     parts = dict(zip(names, (each for _, each in loaded)))
     return Rewards(
         {name: each for name, each in parts.items() if isinstance(each, initial_model.InitialModel)},
         {name: each for name, each in parts.items() if isinstance(each, RewardFunction)},
-        dict(zip(names, map(float, weights))),
+        dict(zip(rewarded, map(float, weights))),
+        ensemble,
+        settings.ppo.worst_case,
     )
 
 
@@ -131,21 +151,32 @@ class Scorer:
     def score(self, params: Mapping[str, Any], rollout: types.Rollout) -> Any:
         """Returns the weighted sum of the rewards, as `ppo.Models.score` does, and the parts if there are several.
 
-        ``params["parts"]`` maps the names of the reward models to their parameters.
+        ``params["parts"]`` maps the names of the reward models to their parameters. For an ensemble, its standard
+        deviation is returned as ``reward_disagreement``.
         """
         parts: dict[str, jax.Array] = {}
         for name, model in self.found.models.items():
             model_params = params["parts"][name]
             parts[name] = lm.score(model_params, rollout.tokens_BL, cfg=model.cfg, mask_BL=rollout.mask_BL)
+        extra: dict[str, jax.Array] = {}
+        if self.found.ensemble:
+            scores_BK = _members(parts, jnp)
+            parts = {ENSEMBLE: self._of_ensemble(params, scores_BK)}
+            extra["reward_disagreement"] = jnp.std(scores_BK, axis=1)
         whole = self._replicated(rollout)
         for name, function in self.found.functions.items():
             call = rewards.from_python(partial(self._call, function), per_token=bool(function.per_token))
             parts[name] = self._replicated(call(None, whole))
         total = rewards.weighted({name: _part for name in parts}, self.found.weights)(parts, rollout)
         if len(parts) == 1:
-            return total
+            return (total, extra) if extra else total
         sums = {name: part if part.ndim == 1 else part.sum(axis=1) for name, part in parts.items()}
-        return total, {f"reward_{name}": part for name, part in sums.items()}
+        return total, {f"reward_{name}": part for name, part in sums.items()} | extra
+
+    def _of_ensemble(self, params: Mapping[str, Any], scores_BK: Any) -> jax.Array:
+        if self.found.worst_case:
+            return scores_BK.min(axis=1)
+        return rewards.penalise_disagreement(scores_BK, coef=params["penalty"])
 
     def _replicated(self, tree: Any) -> Any:
         """Replicates arrays of a program, because a function on the host needs and returns all rows."""
@@ -156,6 +187,17 @@ class Scorer:
 
     def measure(self, params: Mapping[str, Any], sampled: types.Rollout, *, size: int) -> dict[str, np.ndarray]:
         """Returns the scores of answers by name of the reward, and their weighted sum as ``reward``, all ``[B]``."""
+        parts = self.parts(params, sampled, size=size)
+        if self.found.ensemble:
+            functions = {name: parts[name] for name in self.found.functions}
+            scores_BK = _members({name: parts[name] for name in self.found.models}, np)
+            parts = {ENSEMBLE: np.asarray(self._of_ensemble(params, scores_BK)), **functions}
+            parts["disagreement"] = scores_BK.std(axis=1)
+        total = sum(weight * np.float64(parts[name]) for name, weight in self.found.weights.items())
+        return {"reward": np.asarray(total), **parts}
+
+    def parts(self, params: Mapping[str, Any], sampled: types.Rollout, *, size: int) -> dict[str, np.ndarray]:
+        """Returns the scores of each model, ``[B]`` or ``[B, heads]``, and of each function, ``[B]``."""
         arrays = np.asarray(sampled.tokens_BL), np.asarray(sampled.mask_BL)
         parts: dict[str, np.ndarray] = {}
         for name, program in self._programs.items():
@@ -164,8 +206,7 @@ class Scorer:
         for name, function in self.found.functions.items():
             scores = self._call(function, *arrays, np.asarray(sampled.response_mask_BT))
             parts[name] = scores.sum(axis=1) if scores.ndim == 2 else scores
-        total = sum(self.found.weights[name] * np.float64(part) for name, part in parts.items())
-        return {"reward": np.asarray(total), **parts}
+        return parts
 
     def _call(
         self, function: RewardFunction, tokens_BL: np.ndarray, mask_BL: np.ndarray, response_mask_BT: np.ndarray
@@ -199,6 +240,17 @@ def _key(tokens_P: np.ndarray, mask_P: np.ndarray) -> tuple[bytes, bytes]:
     return np.asarray(tokens_P, np.int32).tobytes(), np.asarray(mask_P, bool).tobytes()
 
 
+def _members(parts: Mapping[str, Any], xp: Any) -> Any:
+    """Returns the scores of all heads of all models side by side, ``[B, K]``; ``xp`` is NumPy or `jax.numpy`."""
+    return xp.concatenate([part[:, None] if part.ndim == 1 else part for part in parts.values()], axis=1)
+
+
+def one_head(params: types.Params) -> types.Params:
+    """Returns a reward model with one head, the average of its heads, as a critic must have."""
+    heads = lm.heads.count_heads(params)
+    return params if heads is None else lm.heads.combine(params, jnp.full(heads, 1 / heads))
+
+
 def _part(part: jax.Array, rollout: types.Rollout) -> jax.Array:
     return part
 
@@ -220,7 +272,7 @@ def parameters(
     params = {"parts": {name: model.params for name, model in scorer.found.models.items()}}
     if not normalise and not scorer.found.functions:
         return params["parts"]
-    scores = scorer.measure(params, sample(), size=size)
+    scores = scorer.parts(params, sample(), size=size)
     if not normalise:
         return params["parts"]
     return {

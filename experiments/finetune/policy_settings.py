@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import pathlib
 import types
@@ -35,6 +36,12 @@ class Method(settings.RL):
     missing_stop_score: float | None = None
     """Score for an answer without a stop token, at most 0. None uses -3 if all rewards are normalised reward models,
     and otherwise leaves the scores of such answers as they are."""
+    uncertainty: float = 0.0
+    """Weight of the penalty for disagreement of an ensemble, which consists of all reward models and their heads (see
+    --training.keep-heads of reward_model.py): their reward is the mean of their scores minus this weight times the
+    standard deviation (Coste 2023, with the variance). 0 has no ensemble, and sums the scores of the reward models."""
+    worst_case: bool = False
+    """Use the lowest score of the ensemble as its reward (Coste 2023)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +61,7 @@ class Training:
     messages, and the answers, as texts, and returns a number for each answer, or for each of its tokens."""
     reward_weights: tuple[float, ...] = ()
     """Weight of each reward in their sum, first those of --reward-model, then those of --reward. By default, all are
-    1."""
+    1. An ensemble (--ppo.uncertainty, --ppo.worst-case) is one reward."""
     normalise: bool = True
     """Scale the scores of each reward model to mean 0 and standard deviation 1 on answers of the policy, so that KL
     coefficients are comparable. Scores of reward functions are never changed."""
@@ -160,14 +167,28 @@ def _check_ranges(chosen: PPOSettings) -> None:
     require(0 <= chosen.max_dropped <= 1, chosen, "max_dropped", "between 0 and 1")
     require(chosen.show_every >= 0, chosen, "show_every", "at least 0")
     require(chosen.stop_at_kl is None or chosen.stop_at_kl > 0, chosen, "stop_at_kl", "above 0")
+    least = chosen.ppo.uncertainty
+    require(math.isfinite(least) and least >= 0, chosen, "ppo.uncertainty", "at least 0")
     for name in ("learning_rate", "critic_learning_rate"):  # 0 would be taken for None
         require(getattr(chosen.ppo, name) != 0, chosen, f"ppo.{name}", "positive")
+
+
+def is_ensemble(chosen: PPOSettings) -> bool:
+    """Returns whether the reward models form an ensemble, whose disagreement matters."""
+    return chosen.ppo.worst_case or chosen.ppo.uncertainty != 0
 
 
 def _check_rewards(chosen: PPOSettings) -> None:
     n = len(chosen.reward_model) + len(chosen.reward)
     if n == 0:
         raise SettingError("no reward is given; set --reward-model FOLDER or --reward MODULE:FUNCTION")
+    if is_ensemble(chosen):
+        if chosen.ppo.uncertainty and chosen.ppo.worst_case:
+            raise SettingError("--ppo.uncertainty has no effect with --ppo.worst-case; leave out one of them")
+        if not chosen.reward_model:
+            flag = "worst-case" if chosen.ppo.worst_case else "uncertainty"
+            raise SettingError(f"--ppo.{flag} needs an ensemble of reward models; set --reward-model, or leave it out")
+        n = 1 + len(chosen.reward)
     if chosen.reward_weights and len(chosen.reward_weights) != n:
         raise SettingError(
             f"the number of --reward-weights is {len(chosen.reward_weights)}; it must be {n}, the number of rewards"

@@ -43,6 +43,9 @@ class RewardTraining(reward_settings.RewardLoss):
 
     heads: int = 1
     """Number of heads on one trunk. The heads form an ensemble, whose scores are averaged."""
+    keep_heads: bool = False
+    """Save the heads instead of their average, for --ppo.uncertainty or --ppo.worst-case of ppo.py. The numbers in the
+    report are those of the average."""
     trains: str = ""
     """Regular expression for the names of the parameters to train, such as ^head/. The others are frozen. The empty
     default trains all parameters."""
@@ -159,6 +162,8 @@ def check_reward(settings: OwnRewardSettings) -> None:
     limit = 1 if training.limit is None else training.limit
     for name, value in (("heads", training.heads), ("limit", limit)):
         require(value >= 1, settings, f"training.{name}", "at least 1")
+    if training.keep_heads and training.heads == 1:
+        raise SettingError("--training.keep-heads has no effect with one head; set --training.heads, or leave it out")
     if training.trains and settings.lora.rank is not None:
         raise SettingError("--training.trains has no effect with --lora.rank, which trains adapters; leave it out")
     unused = list(reward_settings.unused_of_loss(training))

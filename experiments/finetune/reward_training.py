@@ -98,12 +98,13 @@ def _train(
         batch_at=batch_at,
         **_validation(settings, job, score, start, data.held_out.rows, planned.steps),
     )
-    params = start.merge(start.frozen, trained.params)
+    params = whole = start.merge(start.frozen, trained.params)
     if (heads := settings.training.heads) > 1:
         params = lm.heads.combine(params, jnp.full(heads, 1 / heads))
     params = lm.heads.absorb_gain(params)
     job.progress.start("evaluate", 2)
     facts = _diagnose(score, params, train, data)
+    params = lm.heads.absorb_gain(whole) if settings.training.keep_heads else params
     job.progress.update("evaluate", 1, 2)
     params, record = _normalise(settings, score, params, train, data.held_out)
     job.progress.update("evaluate", 2, 2)
@@ -243,7 +244,8 @@ def _normalise(
         scores = score(params, np.asarray(rows.tokens_BKL)[at], np.asarray(rows.mask_BKL)[at])
     else:
         rows = held_out.rows
-        scores = _score_answers(score, params, rows)[np.asarray(rows.where_BK)]
+        where_BK = np.asarray(rows.where_BK)
+        scores = score(params, np.asarray(rows.tokens_BKL)[where_BK], np.asarray(rows.mask_BKL)[where_BK])
     params = lm.heads.centre(params, jnp.asarray(scores))
     return params, lm.heads.normalisation(params, NORMALISED_ON[rule])
 

@@ -344,8 +344,8 @@ def test_the_diversity_of_a_policy_is_compared_with_that_of_the_initial_model(tm
         logprobs = jax.nn.log_softmax(logits.astype(np.float32) / base)
         entropy_BL = -np.sum(np.exp(logprobs) * logprobs, axis=-1)
         P = job.task.prompt_width
-        entropy = entropy_BL[:, P - 1 : -1][rows.response_mask_BT].mean()
-        assert found[name]["entropy"][0] == pytest.approx(entropy, rel=1e-4)
+        entropy = np.asarray(entropy_BL)[:, P - 1 : -1][rows.response_mask_BT].mean()
+        assert found[name]["entropy"][0] == pytest.approx(float(entropy), rel=1e-4)
     assert found["sft_mix"]["entropy_ratio"] == pytest.approx([1, 1, 1])
     narrow, wide = (found[name]["entropy"][0] for name in ("ppo", "sft_mix"))
     assert found["ppo"]["entropy_ratio"][0] == pytest.approx(narrow / wide)

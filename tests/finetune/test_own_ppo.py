@@ -352,3 +352,76 @@ def test_a_reward_is_required_and_defaults_depend_on_the_rewards(files, tmp_path
     model = policy_settings.method(model)
     assert (model.missing_stop_score, model.missing_stop, model.learning_rate) == (-3.0, "replace", 2e-4)
     assert run_folder.finite({"coef": function.ptx_coef}) == {"coef": 0.0}
+
+
+# ------------------------------------------------------------------------------------------------------------ Ensembles
+
+
+@pytest.fixture(scope="module")
+def ensemble(files, tmp_path_factory):
+    """Returns the path of a reward model with three heads."""
+    model = initial_model.load(files["policy"])
+    path = tmp_path_factory.mktemp("heads") / "model"
+    params = lm.with_head(jax.random.key(8), model.params, model.cfg, heads=3)
+    lm.save(path, model.cfg, params, tokenizer=model.fmt.tokenizer, stop_ids=model.fmt.stop_ids)
+    return str(path)
+
+
+@pytest.mark.parametrize("flags", [("--ppo.uncertainty", 0.5), ("--ppo.worst-case",)])
+def test_the_reward_of_an_ensemble_falls_with_its_disagreement(files, ensemble, tmp_path, flags):
+    models = ("--reward-model", ensemble, files["wide"])
+    made = settings(files, tmp_path, *models, "--reward-weights", 2.0, 3.0, *flags)
+    policy = initial_model.load(made.policy)
+    found = policy_rewards.load(made, policy_rewards.find_functions(made), policy, None)
+    assert found.weights == {"model": 2.0, "count_a": 3.0}
+    prompts, _ = policy_data.read_prompts(policy, made.prompts, width=8, max_new_tokens=4, counts=errors.DropCount())
+    prompts = prompts.at(range(6))
+    spec = generation.Sampling(max_new_tokens=4, stop_ids=policy.fmt.stop_ids)
+    keys = jax.random.split(jax.random.key(0), 6)
+    inputs: Any = (policy.params, keys, prompts.tokens_BP, prompts.mask_BP)
+    rollout: Any = generation.generate(*inputs, cfg=policy.cfg, sampling=spec)
+    scorer = policy_rewards.Scorer(found, policy.fmt, prompts, None)
+    params = {"parts": {name: each.params for name, each in found.models.items()}, "penalty": np.float32(0.5)}
+    measured = scorer.measure(params, rollout, size=4)
+
+    heads, one = (
+        lm.score(each.params, rollout.tokens_BL, cfg=each.cfg, mask_BL=rollout.mask_BL)
+        for each in found.models.values()
+    )
+    scores = np.concatenate([np.asarray(heads), np.asarray(one)[:, None]], axis=1)
+    assert scores.shape == (6, 4)
+    expected = scores.min(axis=1) if made.ppo.worst_case else scores.mean(axis=1) - 0.5 * scores.std(axis=1)
+    counts = np.array([text.count("a") for text in policy_samples.texts(scorer, rollout)])
+    np.testing.assert_allclose(measured["model"], expected, rtol=1e-4)
+    np.testing.assert_allclose(measured["reward"], 2 * expected + 3 * counts, rtol=1e-4)
+    np.testing.assert_allclose(measured["disagreement"], scores.std(axis=1), rtol=1e-4)
+    total, parts = jax.jit(scorer.score)(params, rollout)  # as in the train step
+    np.testing.assert_allclose(total, measured["reward"], rtol=1e-4)
+    np.testing.assert_allclose(parts["reward_disagreement"], measured["disagreement"], rtol=1e-4)
+
+
+def test_a_policy_is_trained_on_an_ensemble_whose_average_is_the_critic(files, ensemble, tmp_path):
+    flags = ("--reward-model", ensemble, "--ppo.iterations", 1, "--ppo.uncertainty")
+    results = [ppo.run(settings(files, tmp_path / str(coef), *flags, coef, reward=None)) for coef in (0.5, 2.0)]
+    rows = [json.loads((tmp_path / str(coef) / "metrics.jsonl").read_text().splitlines()[0]) for coef in (0.5, 2.0)]
+    assert rows[0]["reward_disagreement"] == rows[1]["reward_disagreement"] > 0, "the same answers are scored"
+    assert rows[0]["reward"] - rows[1]["reward"] == pytest.approx(1.5 * rows[0]["reward_disagreement"], rel=1e-4)
+    before = results[0]["policies"]["initial_policy"]
+    assert before["reward_model"] == before["reward"] and before["reward_disagreement"][0] > 0
+
+
+def test_errors_about_ensembles_name_the_flag(files, ensemble, tmp_path):
+    make = functools.partial(settings, files, tmp_path / "run", reward=None)
+    for flags, match in (
+        (("--reward-model", ensemble, "--ppo.uncertainty", 1, "--ppo.worst-case"), r"--ppo\.uncertainty has no effect"),
+        (("--reward-model", ensemble, "--ppo.uncertainty", -1), r"--ppo\.uncertainty is -1"),
+        (("--reward-model", ensemble, ensemble, "--ppo.worst-case", "--reward-weights", 1, 1), "it must be 1"),
+    ):
+        with pytest.raises(SettingError, match=match):
+            make(*flags)
+    with pytest.raises(SettingError, match=r"--ppo\.worst-case needs an ensemble of reward models"):
+        settings(files, tmp_path / "run", "--ppo.worst-case")
+    with pytest.raises(SettingError, match=r"--ppo\.uncertainty needs an ensemble, but --reward-model .* has one head"):
+        ppo.run(make("--reward-model", files["reward"], "--ppo.uncertainty", 1))
+    with pytest.raises(SettingError, match=r"it has 3 heads; use them as an ensemble with --ppo\.uncertainty"):
+        ppo.run(make("--reward-model", ensemble))

@@ -135,6 +135,11 @@ def test_adapters_heads_and_partial_training_leave_the_rest_of_the_model_as_it_w
     common = ("--model", base, "--data.path", pairs, *SHORT)
     train(reward_model, tmp_path / "lora", *common, "--lora.rank", 2, "--training.heads", 2, "--learning-rate", 1e-2)
     train(reward_model, tmp_path / "head", *common, "--training.trains", "^head/", "--training.loss", "pairs")
+    ensemble = ("--training.heads", 3, "--training.keep-heads", "--training.trains", "^head/")
+    for rule in ("chosen", "held-out"):
+        train(reward_model, tmp_path / rule, *common, *ensemble, "--training.normalise", rule)
+        cfg, kept = lm.load(tmp_path / rule / "model")
+        assert kept["head"]["kernel_HD"].shape == (3, cfg.d_model) and len(np.unique(kept["head"]["bias"])) == 3
     for name, same in (("lora", False), ("head", True)):
         cfg, trained = lm.load(tmp_path / name / "model")
         assert cfg.n_layers == saved.cfg.n_layers and trained["head"]["kernel_D"].ndim == 1
@@ -269,6 +274,7 @@ def test_cut_answers_are_an_incident(pairs, tmp_path):
         (reward_model, ("--training.trains", "^head/", "--lora.rank", "2"), "--training.trains has no effect with"),
         (reward_model, ("--training.loss", "best", "--training.margin", "1"), "--training.margin has no effect with"),
         (reward_model, ("--training.heads", "0"), "--training.heads is 0"),
+        (reward_model, ("--training.keep-heads",), "--training.keep-heads has no effect with one head"),
         (reward_model, ("--data.held-out", "0"), "--data.held-out is 0.0; it must be above 0"),
         (reward_model, ("--lora.alpha", "4"), "--lora.alpha has no effect without --lora.rank"),
         (reward_model, ("--data.prompt-width", "0"), "--data.prompt-width is 0"),
