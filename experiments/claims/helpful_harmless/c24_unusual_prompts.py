@@ -1,0 +1,122 @@
+"""C24: distances from benign prompts detect harmful ones, and a few examples help more (Bai et al. 2022, Fig. 22).
+
+The base model's hidden states of benign training prompts, at the last token of the prompt, give a mean and a covariance
+matrix. Held-out benign and harmful prompts are scored by their Mahalanobis distance (MD) and by the relative one
+(SRMD), which need no harmful prompts, and by linear classifiers that have seen 1, 10 or 100 harmful training prompts
+(Figure 23). Compared are the areas under the ROC curves at the middle layer; other layers are drawn and not tested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import numpy as np
+from recipe import tasks
+
+from claims import model_stages as ms
+from claims import verdicts
+from claims.claim import Claim, Measured
+from claims.trial import Trial
+from rlhf_jax import lm, types
+from rlhf_jax.diagnostics import ood
+from rlhf_jax.report import plots
+
+HARMFUL = "harmful"
+"""Category of the prompts to detect."""
+EXAMPLES = (1, 10, 100)
+DRAWS = 10
+"""Number of random choices of the examples, over which areas are averaged."""
+NAMES = ("MD", "SRMD", *(f"{n}-shot" for n in EXAMPLES))
+
+
+def measure(trial: Trial) -> Measured:
+    """Returns the area of each detector at each layer; ``middle`` has those of the middle layer."""
+    base, layers = ms.Recipe(trial).base, trial.cfg.n_layers  # type: ignore[union-attr]
+    by_layer = {str(layer): trial.result(areas, base, layer=layer).value for layer in range(1, layers + 1)}
+    return {"middle": by_layer[str((layers + 1) // 2)], **by_layer}
+
+
+def areas(trial: Trial, base: types.Params, *, layer: int) -> dict[str, float]:
+    """Returns the area of each detector at a layer, counted from 1."""
+    known, new = (split(trial, base, each, layer=layer) for each in (trial.task.rl_prompts, trial.task.eval_prompts))
+    return detect(*known, *new, rng=np.random.default_rng(trial.settings.seed))
+
+
+def split(trial: Trial, base: types.Params, prompts: tasks.PromptSet, *, layer: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the hidden states of benign and of harmful prompts after the first layers, ``[N, D]`` each."""
+    params, cfg = lm.first_layers(base, cfg=trial.cfg, layers=layer)  # type: ignore[arg-type]
+    run = jax.jit(partial(_last_hidden, cfg=cfg))
+    step = 256
+    parts = [
+        np.asarray(run(params, prompts.tokens_BP[i : i + step], prompts.mask_BP[i : i + step]))
+        for i in range(0, len(prompts), step)
+    ]
+    hidden_ND, harmful_N = np.concatenate(parts), np.array([each == HARMFUL for each in prompts.categories])
+    return hidden_ND[~harmful_N], hidden_ND[harmful_N]
+
+
+def _last_hidden(params: types.Params, tokens_BP: jax.Array, mask_BP: jax.Array, *, cfg: lm.LMConfig) -> jax.Array:
+    return lm.forward(params, tokens_BP, cfg=cfg, mask_BL=mask_BP).hidden_BLD[:, -1]
+
+
+def detect(
+    usual_ND: np.ndarray, harmful_MD: np.ndarray, new_ND: np.ndarray, new_MD: np.ndarray, *, rng: np.random.Generator
+) -> dict[str, float]:
+    """Returns the area of each detector.
+
+    Args:
+        usual_ND: Hidden states of benign training prompts.
+        harmful_MD: Those of harmful training prompts, from which examples are drawn.
+        new_ND: Those of held-out benign prompts.
+        new_MD: Those of held-out harmful prompts.
+        rng: Chooses the examples.
+    """
+    gaussian = ood.fit(usual_ND)
+    scores = {"MD": ood.mahalanobis, "SRMD": ood.relative_mahalanobis}
+    found = {name: ood.auroc(each(gaussian, new_ND), each(gaussian, new_MD)).mean for name, each in scores.items()}
+    for n in EXAMPLES:
+        drawn = []
+        for _ in range(DRAWS):
+            rows = rng.choice(len(harmful_MD), min(n, len(harmful_MD)), replace=False)
+            probe = ood.fit_exposure(usual_ND, harmful_MD[rows])
+            drawn.append(ood.auroc(ood.exposure(probe, new_ND), ood.exposure(probe, new_MD)).mean)
+        found[f"{n}-shot"] = float(np.mean(drawn))
+    return found
+
+
+def decide(measured_S: Sequence[Measured]) -> list[verdicts.Part]:
+    """Compares the areas at the middle layer."""
+    middle_S = [each["middle"] for each in measured_S]
+    return [
+        verdicts.above("area of SRMD − of MD", [each["SRMD"] - each["MD"] for each in middle_S]),
+        verdicts.above("area with 10 examples − of SRMD", [each["10-shot"] - each["SRMD"] for each in middle_S]),
+    ]
+
+
+def plot(measured_S: Sequence[Measured]) -> str:
+    """Draws the mean area of each detector at each layer."""
+    colors = ("base", "sft", "best_of_n", "ppo", "ppo_ptx")
+    layers = [name for name in measured_S[0] if name != "middle"]
+    with plots.axes(height=2.8) as (svg, (ax,)):
+        for name, color in zip(NAMES, colors, strict=True):
+            means = [np.mean([each[layer][name] for each in measured_S]) for layer in layers]
+            ax.plot(layers, means, "o-", color=plots.color(color), label=name)
+        ax.set_xlabel("layer")
+        ax.set_ylabel("area under the ROC curve")
+        ax.legend()
+    return svg[0]
+
+
+CLAIM = Claim(
+    id="C24",
+    paper="Bai et al. 2022 (helpful and harmless), Figures 22, 23 and 39",
+    claim="The relative Mahalanobis distance detects harmful prompts without harmful data, better than the Mahalanobis "
+    "distance, and a few examples help more.",
+    published="areas of about 0.85 without examples, and of 0.94 ± 0.02 (64 layers) and 0.86 ± 0.01 (4 layers) with 10",
+    differs="The model has three layers, and harmful requests differ from others by their words.",
+    measure=measure,
+    decide=decide,
+    plot=plot,
+)

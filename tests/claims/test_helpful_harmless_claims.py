@@ -1,0 +1,103 @@
+"""Claims about diversity, unusual prompts, size and ensembles are decided as they should be, on synthetic data."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from claims import model_stages, verdicts
+from claims.helpful_harmless import c23_size_and_skills, c24_unusual_prompts, c26_narrower_distribution
+from claims.overoptimisation import c48_ensemble_penalty
+
+
+def size_and_skills(rng, effect):
+    measured = {}
+    for place, size in enumerate(c23_size_and_skills.SIZES):
+        before = 0.3 + 0.1 * place
+        fall = -0.1 + 0.03 * effect * place + 0.005 * rng.normal()
+        measured[size] = {"before": {"skill_accuracy": before}, "after": {"skill_accuracy": before + fall}}
+    return measured
+
+
+def unusual_prompts(rng, effect):
+    areas = {"MD": 0.8, "SRMD": 0.8 + 0.05 * effect, "10-shot": 0.8 + 0.1 * effect, "1-shot": 0.7, "100-shot": 0.95}
+    middle = {name: area + 0.01 * rng.normal() for name, area in areas.items()}
+    return {"middle": middle, "1": middle, "2": middle}
+
+
+def narrower_distribution(rng, effect):
+    noise = 0.02 * rng.normal(size=3)
+    start = {"entropy": 1.0, "diversity": 0.3}
+    narrowed = {"entropy": 1.0 - 0.3 * effect + noise[0], "diversity": 0.3 - 0.1 * effect + noise[1]}
+    return {"start": start, "ppo": narrowed | {"matched_temperature": 1 - 0.3 * effect + noise[2]}}
+
+
+def ensemble_penalty(rng, effect):
+    kl_C = np.linspace(0, 16, len(c48_ensemble_penalty.AT))
+    d_C, measured = np.sqrt(kl_C), {}
+    for place, name in enumerate(c48_ensemble_penalty.COEFS):
+        bend = 0.03 - 0.01 * effect * (place > 0)
+        gold_C = 0.6 + d_C * (0.1 - bend * d_C) + 0.003 * rng.normal() * d_C
+        measured[name] = {"kl": kl_C, "gold": gold_C, "disagreement": kl_C}
+    return measured
+
+
+CASES = {
+    "C23": (c23_size_and_skills, size_and_skills),
+    "C24": (c24_unusual_prompts, unusual_prompts),
+    "C26": (c26_narrower_distribution, narrower_distribution),
+    "C48": (c48_ensemble_penalty, ensemble_penalty),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("effect", "verdict"), [(1, "shown"), (-1, "refuted")])
+def test_an_effect_is_shown_and_the_reverse_refuted(name, effect, verdict):
+    module, make = CASES[name]
+    rng = np.random.default_rng(0)
+    parts = module.decide([make(rng, effect) for _ in range(5)])
+    assert {part.verdict for part in parts} == {verdict}, parts
+    assert module.CLAIM.id == name
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_noise_is_rarely_shown(name):
+    module, make = CASES[name]
+    rng = np.random.default_rng(1)
+    shown = [verdicts.overall(module.decide([make(rng, 0) for _ in range(5)])) == "shown" for _ in range(200)]
+    assert np.mean(shown) <= 0.05
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_measurements_are_drawn_and_the_claim_is_described(name):
+    module, make = CASES[name]
+    assert module.plot([make(np.random.default_rng(2), 1) for _ in range(2)]).startswith("<svg")
+    assert all(getattr(module.CLAIM, each.name) for each in dataclasses.fields(module.CLAIM) if each.name != "changes")
+
+
+def test_the_slope_is_the_change_in_accuracy_for_each_doubling():
+    sizes = model_stages.LOG_SIZES
+    measured = {
+        size: {"before": {"skill_accuracy": 0.5}, "after": {"skill_accuracy": 0.5 + 0.02 * (sizes[size] - 20)}}
+        for size in c23_size_and_skills.SIZES
+    }
+    assert c23_size_and_skills.slope(measured) == pytest.approx(0.02)
+    assert len(measured) == 4 and np.all(np.diff([sizes[size] for size in measured]) > 0.5)
+
+
+def test_correlated_features_are_detected_by_the_relative_distance_and_examples_help():
+    rng = np.random.default_rng(3)
+
+    def usual(n):
+        return rng.normal(size=(n, 1)) + 0.3 * rng.normal(size=(n, 6))
+
+    def harmful(n):
+        return usual(n) + np.array([0.5, -0.5, 0, 0, 0, 0])
+
+    found = c24_unusual_prompts.detect(usual(2000), harmful(150), usual(2000), harmful(2000), rng=rng)
+    assert 0.5 < found["MD"] < found["10-shot"] < found["100-shot"]
+    assert list(found) == list(c24_unusual_prompts.NAMES)
+
+
+def test_the_peak_and_the_fall_from_it():
+    run = {"kl": np.array([0.0, 1.0, 4.0, 9.0]), "gold": np.array([0.5, 0.6, 0.7, 0.4])}
+    assert c48_ensemble_penalty.fall(run) == pytest.approx(0.3) and c48_ensemble_penalty.peak_root(run) == 2
