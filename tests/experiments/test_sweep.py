@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import sweep
 from launch import published_settings, run_folder, setting_checks, settings
-from recipe import answer_diversity, comparison_data, jobs, policy_sampling, precompile, rl_methods, tasks
+from recipe import comparison_data, evaluation, jobs, policy_sampling, precompile, rl_methods, tasks
 from rich import console
 from sweeps import frontier_plot, run_grid
 
@@ -333,7 +333,7 @@ def test_the_diversity_of_a_policy_is_compared_with_that_of_the_initial_model(tm
         name: job.sampler(params, shared.start, shared.reward, prompts, jax.random.key(0), temperature=base)
         for name, params in policies.items()
     }
-    found = answer_diversity.of_policies(
+    found = evaluation.diversity_of_policies(
         job, policies, answers, prompts, shared.reward, initial="sft_mix", matched=("ppo",), rng=jax.random.key(1)
     )
     for name, params in policies.items():
@@ -361,7 +361,7 @@ def test_policies_are_compared_at_equally_many_pairs_of_tokens(tmp_path):
     answers = run_grid.sample_answers(job, shared, job.task.eval_prompts, shared.start, seed=0)
     few = jax.tree.map(lambda x: x[:3], answers)
     P = job.task.prompt_width
-    found = answer_diversity.of_answers({"few": few, "many": answers}, prompt_width=P)
+    found = evaluation.diversity_of_answers({"few": few, "many": answers}, prompt_width=P)
     sets = [[row[P:][mask].tolist() for row, mask in zip(x.tokens_BL, x.response_mask_BT)] for x in (few, answers)]
     assert [each["diversity"] for each in found.values()] == diagnostics.equal_distinct_n(sets, n=2)
     assert found["many"]["self_bleu"] == diagnostics.self_bleu(sets[1])

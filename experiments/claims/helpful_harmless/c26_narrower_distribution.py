@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from recipe import answer_diversity
+from recipe import evaluation
 
 from claims import model_stages as ms
 from claims import verdicts
@@ -38,7 +38,7 @@ def diversity(trial: Trial, start: types.Params, policy: dict[str, Any], reward:
         name: trial.sampler(params, start, reward, prompts, jax.random.fold_in(key, number))
         for number, (name, params) in enumerate(policies.items())
     }
-    narrowed = answer_diversity.of_policies(
+    narrowed = evaluation.diversity_of_policies(
         trial,
         policies,
         answers,
@@ -48,7 +48,7 @@ def diversity(trial: Trial, start: types.Params, policy: dict[str, Any], reward:
         matched=("ppo",),
         rng=jax.random.fold_in(key, len(policies)),
     )
-    found = answer_diversity.of_answers(answers, prompt_width=trial.task.prompt_width)
+    found = evaluation.diversity_of_answers(answers, prompt_width=trial.task.prompt_width)
     return {
         name: found[name] | {key: value[0] for key, value in narrowed[name].items()} | {"gold": _gold(answers[name])}
         for name in policies
