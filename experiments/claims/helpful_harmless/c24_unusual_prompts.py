@@ -1,9 +1,10 @@
 """C24: distances from benign prompts detect harmful ones, and a few examples help more (Bai et al. 2022, Fig. 22).
 
 The base model's hidden states of benign training prompts, averaged over the tokens of a prompt, give a mean and a
-covariance matrix. Held-out benign and harmful prompts are scored by their Mahalanobis distance (MD) and by the relative one
-(SRMD), which need no harmful prompts, and by linear classifiers that have seen 1, 10 or 100 harmful training prompts
-(Figure 23). Compared are the areas under the ROC curves at the middle layer; other layers are drawn and not tested.
+covariance matrix. Held-out benign and harmful prompts are scored by their Mahalanobis distance (MD) and by the relative
+one (SRMD), which need no harmful prompts, and by linear classifiers that have seen 1, 10 or 100 harmful training
+prompts (Figure 23). Compared are the areas under the ROC curves at the middle layer; other layers are drawn and not
+tested.
 
 The average over tokens was chosen with the seeds 100 to 102; at the last token, all areas without examples are lower.
 """
