@@ -133,7 +133,8 @@ def table(results: dict[str, Any]) -> list[tuple[str, Any]]:
         rows.insert(2, ("change of the reward", results["reward_change"]))
         rows.insert(3, ("win rate of after against before", after["win_rate"]))
         rows.insert(4, ("KL from the reference after, nats per answer", after["kl"]))
-        rows.append(("entropy per token, after relative to before", after["entropy_ratio"]))
+        if "entropy_ratio" in after:  # not in the results of earlier versions
+            rows.append(("entropy per token, after relative to before", after["entropy_ratio"]))
     return [*rows, ("iterations", results["iterations"]), ("sampled tokens per second", results["tokens_per_second"])]
 
 

@@ -37,6 +37,7 @@ RUN = {"kl": [0.0, 1.0, 2.0], "gold": [0.5, 0.6, 0.65]}
 def evaluated(policies=5, judges=2):
     row: dict[str, Any] = {name: WIDE for name in ("score", "kl", "length", "characters")}
     row |= {"win_rate": RATE, "length_controlled_win_rate": RATE, "stopped": RATE, "diversity": 0.5}
+    row |= {"self_bleu": 0.5, "entropy": WIDE, "entropy_ratio": RATE}
     names = [f"policy-{i}" for i in range(policies)]
     by = [f"judge-{i}" for i in range(judges)]
     rows = {name: row | {"judges": {judge: dict(row) for judge in by}} for name in names}
@@ -52,7 +53,7 @@ def methods():
 
 def own_ppo():
     row = {name: WIDE for name in ("reward", "reward_my_long_reward_function", "kl", "length")} | {"stopped": RATE}
-    policies = {"initial_policy": row, "trained_policy": row | {"win_rate": RATE}}
+    policies = {"initial_policy": row, "trained_policy": row | {"win_rate": RATE, "entropy_ratio": RATE}}
     return {"policies": policies, "reward_change": WIDE, "iterations": 30, "tokens_per_second": 12345.6}
 
 
