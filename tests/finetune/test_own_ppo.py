@@ -80,6 +80,8 @@ def test_training_raises_the_count_of_a_letter(files, tmp_path, capsys):
     before, after = results["policies"]["initial_policy"], results["policies"]["trained_policy"]
     assert after["reward"][0] > 2 * before["reward"][0] and after["win_rate"][1] > 0.5
     assert before["kl"][0] == 0 and after["kl"][1] > 0
+    assert after["entropy_ratio"][2] < 1 and after["diversity"] < before["diversity"]
+    assert after["self_bleu"] > before["self_bleu"] and "entropy_ratio" not in before
     cfg, params = lm.load(tmp_path / "run" / "model")
     assert cfg.n_layers == 1 and "head" not in params
     lines = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]

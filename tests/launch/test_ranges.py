@@ -9,6 +9,7 @@ from typing import Any
 
 import dpo
 import evaluate
+import gate
 import instructgpt
 import ppo
 import pytest
@@ -43,6 +44,7 @@ COMMANDS = {
     "dpo-kto": (dpo, ["--model", "m", "--data.path", "f", "--loss", "kto"]),
     "dpo-world": (dpo, ["--rounds", "2", "--loss", "cdpo", "--label-smoothing", "0.1"]),
     "sample": (sample, ["--model", "m", "--prompts", "f", "--top-p", "0.9", "--top-k", "3", "--limit", "3"]),
+    "gate": (gate, ["--model", "m", "--prompts", "f", "--unusual", "f", "--layer", "1", "--limit", "3"]),
     "evaluate": (evaluate, ["--policies", "a", "b", "--prompts", "f", "--reward", "m:f", "--width", "9"]),
     "instructgpt": (instructgpt, []),
     "sweep": (sweep, ["--over", "ppo.clip=0.1,0.2"]),
@@ -135,7 +137,9 @@ def test_a_sweep_accepts_both_spellings(spelling):
     ]
 
 
-@pytest.mark.parametrize("name", ["instructgpt", "ppo", "sft", "dpo", "sweep", "evaluate", "sample", "reward_model"])
+@pytest.mark.parametrize(
+    "name", ["instructgpt", "ppo", "sft", "dpo", "sweep", "evaluate", "sample", "gate", "reward_model"]
+)
 def test_help_and_messages_name_settings_by_their_flags(name):
     """In strings of the sources, apart from names that are looked up and Python code."""
     files = [ROOT / "experiments" / f"{name}.py", *(ROOT / "experiments").glob("finetune/*settings.py")]
