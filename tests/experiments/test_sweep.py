@@ -337,7 +337,7 @@ def test_the_diversity_of_a_policy_is_compared_with_that_of_the_initial_model(tm
         job, policies, answers, prompts, shared.reward, initial="sft_mix", matched=("ppo",), rng=jax.random.key(1)
     )
     for name, params in policies.items():
-        rows = answers[name]
+        rows: Any = answers[name]
         logits = lm.logits(
             params, lm.forward(params, rows.tokens_BL, cfg=job.cfg, mask_BL=rows.mask_BL).hidden_BLD, cfg=job.cfg
         )
