@@ -77,7 +77,7 @@ def run(settings: HHSettings) -> dict[str, Any]:
         base = stages.pretrain(job)
         start = stages.supervised(job, "sft_mix", base, epochs=settings.sft.mix_epochs, mix=settings.sft.mix)
         made = rounds.run(job, start, settings.online, settings.pm, log=partial(_watched, job))
-        evaluated = rounds.evaluate(job, settings, made)
+        evaluated = rounds.evaluate(job, settings.online.sets, made)
     results = {
         "seconds": folder.elapsed.total,
         "peak_rss_mb": process_setup.peak_memory_mb(),

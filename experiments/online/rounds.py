@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -14,8 +14,10 @@ from online import comparison_sets, domains, hh_settings, policies, preference_m
 from online.hh_settings import HHSettings
 from rlhf_jax import diagnostics, types
 
+J = TypeVar("J", bound=jobs.Job)
+
 START, STATIC = "SFT", "static"
-_RL_PROMPTS, _EVAL_PROMPTS, _STATIC_SET = 900, 901, 100
+EVAL_PROMPTS, _RL_PROMPTS, _STATIC_SET = 901, 900, 100
 """Numbers of the random streams of prompts; those of the comparison sets are smaller."""
 
 
@@ -36,7 +38,7 @@ class Made(NamedTuple):
         return self.policies[f"round {len(self.rewards)}"]
 
 
-def with_prompts(job: jobs.Job, red_team: float) -> jobs.Job:
+def with_prompts(job: J, red_team: float) -> J:
     """Returns the job with RL prompts of which the share ``red_team`` are requests for help with harm."""
     ppo = job.settings.ppo
     n = ppo.iterations * ppo.batch // ppo.samples
@@ -143,17 +145,22 @@ def run(
     return Made(named, rewards, sets, static_reward, static_pairs)
 
 
-def evaluate(job: jobs.Job, settings: HHSettings, made: Made) -> dict[str, Any]:
+def evaluate(job: jobs.Job, sources: Sequence[comparison_sets.Source], made: Made) -> dict[str, Any]:
     """Returns Elo scores, gold utilities, and the accuracy of each preference model on each comparison set."""
     job.progress.start("evaluate", 2 * len(made.policies))
-    n = settings.evaluation.prompts
+    n = job.settings.evaluation.prompts
     found: dict[str, Any] = {name: {} for name in made.policies}
     worth: dict[str, list[np.ndarray]] = {"helpful": [], "harmless": []}
     total: list[list[np.ndarray]] = [[] for _ in made.policies]
     asked: dict[str, np.ndarray] = {}
     for d, domain in enumerate(domains.DOMAINS):
         prompts = domains.draw_prompts(
-            settings, job.task, n if domain == "helpful" else n // 2, domain=domain, split="test", number=_EVAL_PROMPTS
+            job.settings,
+            job.task,
+            n if domain == "helpful" else n // 2,
+            domain=domain,
+            split="test",
+            number=EVAL_PROMPTS,
         )
         answers = policies.answer_all(
             job,
@@ -186,7 +193,7 @@ def evaluate(job: jobs.Job, settings: HHSettings, made: Made) -> dict[str, Any]:
     return facts | {
         "sets": [
             {"source": source, "pairs": len(each.train.ranks_BK), **each.facts}
-            for source, each in zip(settings.online.sets, made.sets)
+            for source, each in zip(sources, made.sets)
         ],
         "preference_models": _accuracies(job, made),
     }

@@ -1,0 +1,1 @@
+"""Claims about helpfulness and harmlessness (Bai et al. 2022)."""
