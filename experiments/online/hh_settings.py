@@ -21,11 +21,11 @@ class Online:
     """Whose answers are compared in each round: `base` for the SFT model's, `rejection` for the best of several of the
     SFT model's answers by the latest preference model, `online` for those of the latest policy, its snapshots and the
     policies of earlier rounds."""
-    pairs: int = 1500
+    pairs: int = 4000
     """Number of labelled pairs in each round."""
     red_team: float = 0.3
     """Share of the pairs, and of the prompts of RL, that are requests for help with harm."""
-    rejection: int = 16
+    rejection: int = 4
     """Number of answers from which rejection sampling chooses (16 in HH)."""
     snapshots: int = 2
     """Number of snapshots of each policy whose answers are compared; the last is the final policy."""

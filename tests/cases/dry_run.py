@@ -123,7 +123,8 @@ class Fit:
         self.step = digest(train_step, state.tx if hasattr(state, "tx") else None)
         shape = functools.partial(jax.tree.map, _shape)
         self._args = (train_step, *map(shape, (state, frozen, hypers[0], batch, rng)))
-        self.hypers = {name: [float(dict(_named(h))[name]) for h in hypers] for name, _ in _named(hypers[0])}
+        named = [dict(_named(h)) for h in hypers]
+        self.hypers = {name: [np.asarray(h[name], np.float64).tolist() for h in named] for name in named[0]}
 
     @functools.cached_property
     def used(self) -> frozenset[str]:
