@@ -177,8 +177,9 @@ class Observed:
             if mine.step != others.step:
                 places.add(f"{stage}: step")
                 continue
-            changed = {name for name in mine.hypers if mine.hypers[name] != others.hypers.get(name)}
-            places |= {f"{stage}: {name}" for name in (changed and changed & mine.used)}
+            names = {*mine.hypers, *others.hypers}
+            changed = {name for name in names if mine.hypers.get(name) != others.hypers.get(name)}
+            places |= {f"{stage}: {name}" for name in (changed and changed & (mine.used | others.used))}
         return places
 
 

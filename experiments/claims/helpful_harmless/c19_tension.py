@@ -21,8 +21,8 @@ from rlhf_jax.report import plots
 SIZES = ("1 x 32", "2 x 64", ms.LARGEST)
 SHARES = (0.0, 0.1, 0.3, 0.7, 0.9, 1.0)
 """Shares of harmlessness pairs."""
-PAIRS = 1500
-DRAWN = {"helpful": PAIRS, "harmless": 2 * PAIRS + 600}
+PAIRS = 4000
+DRAWN = {"helpful": PAIRS, "harmless": 2 * PAIRS + 800}
 """Pairs that are labelled; equal ones are dropped."""
 
 
@@ -98,7 +98,7 @@ CLAIM = Claim(
     claim="A preference model trained on helpfulness alone is below chance on harmlessness, and the reverse; larger "
     "models are less sensitive to the mixture.",
     published="figures; 11 mixtures of 42,000 comparisons",
-    differs="1,500 pairs instead of 42,000, six mixtures instead of eleven, and three sizes instead of seven. Labels "
+    differs="4,000 pairs instead of 42,000, six mixtures instead of eleven, and three sizes instead of seven. Labels "
     "are by simulated labelers.",
     measure=measure,
     decide=decide,

@@ -20,7 +20,7 @@ from rlhf_jax.report import plots
 
 SMALL, LARGE = "1 x 32", ms.LARGEST
 LAMBDAS = (1.0, 2.0, 3.0, 4.0, 10.0)
-HELPFUL, HARMLESS = 1500, 375
+HELPFUL, HARMLESS = 4000, 1000
 
 
 def measure(trial: Trial) -> Measured:
@@ -86,7 +86,7 @@ CLAIM = Claim(
     claim="A larger weight of the harmlessness loss costs large preference models less helpfulness than small ones; "
     "weights of 2 to 3 are best on average.",
     published="from lambda 1 to 10, helpfulness falls by 7.4 % with 13M parameters and by 1.5 % with 52B",
-    differs="1,500 helpfulness and 375 harmlessness pairs, and models that are 30 times apart in size instead of "
+    differs="4,000 helpfulness and 1,000 harmlessness pairs, and models that are 30 times apart in size instead of "
     "4,000. The lambda with the best average is decided by comparing 2 and 3 with 1.",
     measure=measure,
     decide=decide,

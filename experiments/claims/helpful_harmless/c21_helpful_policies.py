@@ -86,7 +86,7 @@ CLAIM = Claim(
     claim="Training for helpfulness alone gives more helpful policies that are easier to red-team; harmlessness "
     "saturates before helpfulness.",
     published="figures",
-    differs="Gold utilities replace Elo scores. 1,500 pairs of each kind instead of 44,000 and 42,000.",
+    differs="Gold utilities replace Elo scores. 4,000 pairs of each kind instead of 44,000 and 42,000.",
     measure=measure,
     decide=decide,
     plot=plot,
