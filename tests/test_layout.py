@@ -26,7 +26,7 @@ EXPERIMENTS = (
     ("launch",),
     ("recipe",),
     ("sweeps",),
-    ("preferences", "planning", "fault_injection", "benchmarks"),
+    ("preferences", "planning", "fault_injection", "benchmarks", "online"),
     ("finetune",),
     ("judging",),
 )

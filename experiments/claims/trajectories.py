@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -47,13 +48,25 @@ def follow(
         Gold utility, score, KL, features and, with ``test``, ``test_score`` of each answer at each of ``at``.
     """
     own = ms.sized(trial, size, policy_only=True).with_ppo(iterations=at[-1], **changes)
-    rows = [_worth(own, start, start, reward, test)]
+    return follow_with(own, start, reward, at=at, measure=lambda policy: _worth(own, policy, start, reward, test))
+
+
+def follow_with(
+    own: Trial,
+    start: types.Params,
+    reward: types.Params,
+    *,
+    at: tuple[int, ...],
+    measure: Callable[[types.Params], dict[str, np.ndarray]],
+) -> dict[str, np.ndarray]:
+    """Trains a policy with the settings of ``own`` and returns what ``measure`` returns at each of ``at``, stacked."""
+    rows = [measure(start)]
     batch_at, hyper_at = stages.ppo_inputs(own, "ppo", ptx_coef=0.0)
 
-    def measure(done: int, state: Any, metrics: Any) -> None:
+    def callback(done: int, state: Any, metrics: Any) -> None:
         del metrics
         if done in at:
-            rows.append(_worth(own, state.ema, start, reward, test))
+            rows.append(measure(state.ema))
 
     own.fit(
         "ppo",
@@ -63,7 +76,7 @@ def follow(
         batch_at=batch_at,
         hyper_at=hyper_at,
         frozen=ppo.Frozen(start, reward),
-        callbacks=[measure],
+        callbacks=[callback],
     )
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 

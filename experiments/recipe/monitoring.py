@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from launch.settings import Settings
@@ -63,11 +63,13 @@ def watch(
     )
 
 
-def raised_alarms(log: metrics.MetricLog, settings: Settings, *, dtype: str = "float32") -> list[dict[str, Any]]:
-    """Returns all alarms of the run, including those raised before it was resumed, for results.json."""
+def raised_alarms(
+    log: metrics.MetricLog, settings: Settings, *, dtype: str = "float32", stages: Sequence[str] = STAGES
+) -> list[dict[str, Any]]:
+    """Returns all alarms of the run's ``stages``, including those raised before it was resumed, for results.json."""
     return [
         {"stage": stage, "step": alarm.step, "name": alarm.name, "message": alarm.message}
-        for stage in STAGES
+        for stage in stages
         for alarm in watch_stage(log, stage, settings, lambda text: None, dtype=dtype).alarms
     ]
 

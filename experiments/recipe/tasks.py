@@ -65,6 +65,20 @@ class PromptSet:
         return PromptSet(self.tokens_BP[rows], self.mask_BP[rows], texts, categories, self.asked_B[rows], words_BP)
 
 
+def concatenate(sets: Sequence[PromptSet]) -> PromptSet:
+    """Returns the prompts of all sets; prompts of different sets have different ``asked_B``."""
+    first_S = np.cumsum([0, *(int(each.asked_B.max(initial=-1)) + 1 for each in sets)])
+    joined = [np.concatenate(parts) for parts in zip(*((each.tokens_BP, each.mask_BP) for each in sets))]
+    words = [each.words_BP for each in sets]
+    return PromptSet(
+        *joined,
+        [text for each in sets for text in each.texts],
+        [category for each in sets for category in each.categories],
+        np.concatenate([each.asked_B + first for each, first in zip(sets, first_S)]),
+        np.concatenate(words) if all(each is not None for each in words) else None,  # type: ignore[arg-type]
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class GoldTask:
     """Data that only the built-in world provides: a gold utility, simulated labelers and skill problems."""
@@ -157,9 +171,13 @@ def make_task(settings: Settings, model: initial_model.InitialModel | None = Non
 
 def more_prompts(settings: Settings, task: Task, n: int) -> PromptSet:
     """Draws n training prompts of the built-in world from a separate random stream."""
-    assert task.in_world_words
     sets = prompts.split_prompts(world_lib.make_world(settings.seed), settings.seed)
-    drawn = prompts.draw_prompts(sets.train, n, _stream(settings, MORE))
+    return prompt_set(task, prompts.draw_prompts(sets.train, n, _stream(settings, MORE)))
+
+
+def prompt_set(task: Task, drawn: list[prompts.Prompt]) -> PromptSet:
+    """Returns prompts of the built-in world in the form of the task, whose model must have the world's tokenizer."""
+    assert task.in_world_words
     return _prompt_sets(task.fmt, [drawn], task.dropped)[1][0]
 
 

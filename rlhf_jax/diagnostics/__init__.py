@@ -58,8 +58,10 @@ from rlhf_jax.diagnostics.length import (
     length_controlled_win_rates,
     length_correlation,
 )
+from rlhf_jax.diagnostics.ranking import ELO_PER_NAT, Strengths, bradley_terry
 
 __all__ = [
+    "ELO_PER_NAT",
     "BestOfNCurve",
     "Bucket",
     "CalibrationCurve",
@@ -70,6 +72,7 @@ __all__ = [
     "LengthControlledWinRates",
     "SplitHalves",
     "Stratum",
+    "Strengths",
     "ThresholdScan",
     "accuracy_above_threshold",
     "accuracy_by_stratum",
@@ -80,6 +83,7 @@ __all__ = [
     "best_of_n_kl_estimate",
     "best_of_n_mean",
     "bootstrap_mean",
+    "bradley_terry",
     "calibration_curve",
     "calibration_slope",
     "calibration_temperature",

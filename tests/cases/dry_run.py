@@ -123,7 +123,8 @@ class Fit:
         self.step = digest(train_step, state.tx if hasattr(state, "tx") else None)
         shape = functools.partial(jax.tree.map, _shape)
         self._args = (train_step, *map(shape, (state, frozen, hypers[0], batch, rng)))
-        self.hypers = {name: [float(dict(_named(h))[name]) for h in hypers] for name, _ in _named(hypers[0])}
+        named = [dict(_named(h)) for h in hypers]
+        self.hypers = {name: [np.asarray(h[name], np.float64).tolist() for h in named] for name in named[0]}
 
     @functools.cached_property
     def used(self) -> frozenset[str]:
@@ -176,8 +177,9 @@ class Observed:
             if mine.step != others.step:
                 places.add(f"{stage}: step")
                 continue
-            changed = {name for name in mine.hypers if mine.hypers[name] != others.hypers.get(name)}
-            places |= {f"{stage}: {name}" for name in (changed and changed & mine.used)}
+            names = {*mine.hypers, *others.hypers}
+            changed = {name for name in names if mine.hypers.get(name) != others.hypers.get(name)}
+            places |= {f"{stage}: {name}" for name in (changed and changed & (mine.used | others.used))}
         return places
 
 

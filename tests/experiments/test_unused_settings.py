@@ -14,6 +14,7 @@ import compare
 import dpo
 import dpo_vs_ppo
 import dry_run
+import hh
 import instructgpt
 import pytest
 import reward_model
@@ -22,6 +23,7 @@ import test_initial_model
 import test_instructgpt
 from launch import device_mesh, host_agreement, mesh_settings, published_settings, run_folder, setting_checks, settings
 from launch.settings import SettingError
+from online import hh_settings
 from preferences import direct_settings, reward_settings
 
 from rlhf_jax import parallel
@@ -30,7 +32,7 @@ from rlhf_jax.distributed import hosts
 from rlhf_jax.simulation import lexicon
 
 COMMANDS: dict[str, Any] = {
-    each.__name__: each for each in (instructgpt, dpo, reward_model, compare, sweep, dpo_vs_ppo)
+    each.__name__: each for each in (instructgpt, dpo, reward_model, compare, sweep, dpo_vs_ppo, hh)
 }
 TINY: dict[str, dict[str, Any]] = {
     "net": {"layers": 1, "width": 8, "heads": 2, "mlp": 8},
@@ -108,6 +110,13 @@ ALTERNATIVES: dict[str, Any] = {
     "parts": ("exact",),
     "bandit_coefs": (0.3,),
     "bandit_pairs": 50,
+    "online.sets": ("base", "rejection"),
+    "online.pairs": 24,
+    "online.held_out": 12,
+    "online.snapshots": 1,
+    "pm.batch": 2,
+    "pm.harmless_weight": 3.0,
+    "pm.score_weights": (1.0, 2.0),
     "hosts.coordinator": "host:1",
     "hosts.count": 2,
     "hosts.index": 1,
@@ -138,6 +147,7 @@ VARIANTS: list[Variant] = [
     ("compare", "all", (), {"seeds": 1}),
     ("sweep", "ppo", (), {"seeds": 1}),
     ("dpo_vs_ppo", "world", (), WORLD_STUDY),
+    ("hh", "rounds", (), {}),
 ]
 MORE: list[Variant] = [
     ("instructgpt", "policy critic", (), {"ppo.critic": "policy"}),
@@ -163,8 +173,9 @@ MORE: list[Variant] = [
     *(("compare", name, (), {"seeds": 1, "methods": (name,)}) for name in compare.METHODS),
     ("sweep", "grpo", (), GROUP | {"ppo.method": "grpo", "seeds": 1}),
     ("dpo_vs_ppo", "exact", (), {"parts": ("exact",)}),
+    ("hh", "separate", (), {"pm.separate": True}),
     *((name, FILE, (FILE,), {}) for name in ("instructgpt", "dpo", "reward_model", "sweep")),
-    *((name, MODEL, (MODEL,), {}) for name in COMMANDS if name != "dpo_vs_ppo"),
+    *((name, MODEL, (MODEL,), {}) for name in COMMANDS if name not in ("dpo_vs_ppo", "hh")),
     ("dpo_vs_ppo", MODEL, (MODEL,), WORLD_STUDY),
     ("instructgpt", "file and model", (FILE, MODEL), {}),
 ]
@@ -186,7 +197,12 @@ def inputs(tmp_path_factory):
     words = [text, "user\n" + text, "assistant\n" + text]
     tokenizer = test_initial_model.chat_cases.make_qwen(template=test_initial_model.CHATML, words=words, size=700)
     model = test_initial_model.save_gpt2(folder / "gpt2", tokenizer)
-    with mock.patch.dict(settings.SMOKE, TINY), mock.patch.dict(reward_settings.SMOKE_CV, {"vocab_size": 280}):
+    rounds = {"online": {"pairs": 16, "rejection": 2, "held_out": 8}, "pm": {"batch": 4}}
+    with (
+        mock.patch.dict(settings.SMOKE, TINY),
+        mock.patch.dict(hh_settings.SMOKE, rounds),
+        mock.patch.dict(reward_settings.SMOKE_CV, {"vocab_size": 280}),
+    ):
         yield folder, {FILE: ("data.path", str(path)), MODEL: ("model", str(model))}
 
 

@@ -1,1 +1,1 @@
-"""Claims of Bai et al. 2022, Training a Helpful and Harmless Assistant."""
+"""Claims about helpful and harmless assistants (Askell et al. 2021; Bai et al. 2022)."""

@@ -1,0 +1,94 @@
+"""C20: weighting the harmlessness loss costs large preference models less helpfulness (Bai et al. 2022, Figure 27).
+
+Four fifths of the pairs are about helpfulness. The loss of a harmlessness pair is weighted by lambda. Compared are the
+fall of the accuracy on helpfulness from lambda 1 to 10, for a small and a large model, and the lambda with the best
+average accuracy on both domains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from claims import model_stages as ms
+from claims import verdicts
+from claims.claim import Claim, Measured
+from claims.helpful_harmless import c19_tension, hh_stages
+from claims.trial import Trial
+from rlhf_jax.report import plots
+
+SMALL, LARGE = "1 x 32", ms.LARGEST
+LAMBDAS = (1.0, 2.0, 3.0, 4.0, 10.0)
+HELPFUL, HARMLESS = 4000, 1000
+
+
+def measure(trial: Trial) -> Measured:
+    """Returns the accuracy of each preference model on both domains."""
+    recipe = ms.Recipe(trial)
+    sets = trial.result(hh_stages.collect, recipe.start, **c19_tension.DRAWN)
+    counts = {"helpful": 32, "harmless": 16} if trial.quick else {"helpful": HELPFUL, "harmless": HARMLESS}
+    return {
+        size: {
+            f"{weight:g}": trial.result(
+                hh_stages.train_and_test, recipe.start_of(size), sets, **counts, harmless_weight=weight, size=size
+            ).value
+            for weight in LAMBDAS
+        }
+        for size in (SMALL, LARGE)
+    }
+
+
+def fall(measured: Measured, size: str) -> float:
+    """Returns by how much the accuracy on helpfulness falls from lambda 1 to the largest."""
+    first, *_, last = (measured[size][f"{weight:g}"]["helpful"] for weight in LAMBDAS)
+    return first - last
+
+
+def best(measured_S: Sequence[Measured]) -> float:
+    """Returns the lambda with the best average accuracy of the large model on both domains, over the seeds."""
+    mean_L = [np.mean([list(each[LARGE][f"{w:g}"].values()) for each in measured_S]) for w in LAMBDAS]
+    return LAMBDAS[int(np.argmax(mean_L))]
+
+
+def decide(measured_S: Sequence[Measured]) -> list[verdicts.Part]:
+    """Compares the falls, and lambda 2 to 3 with lambda 1."""
+    more_S = [
+        np.mean(list(each[LARGE]["2"].values()) + list(each[LARGE]["3"].values()))
+        - np.mean(list(each[LARGE]["1"].values()))
+        for each in measured_S
+    ]
+    fall_S = [fall(each, SMALL) - fall(each, LARGE) for each in measured_S]
+    return [
+        verdicts.above("fall of the accuracy on helpfulness from lambda 1 to 10, small − large model", fall_S),
+        verdicts.above("average accuracy of the large model, lambda 2 and 3 − lambda 1", more_S),
+    ]
+
+
+def plot(measured_S: Sequence[Measured]) -> str:
+    """Draws the accuracies against lambda."""
+    with plots.axes(height=2.8) as (svg, (ax,)):
+        for size, style in ((SMALL, "--"), (LARGE, "-")):
+            for domain, color in (("helpful", "sft"), ("harmless", "ppo")):
+                accuracy_L = np.mean([[each[size][f"{w:g}"][domain] for w in LAMBDAS] for each in measured_S], axis=0)
+                ax.plot(LAMBDAS, accuracy_L, style, marker="o", color=plots.color(color), label=f"{size}, {domain}")
+        ax.set_xscale("log")
+        ax.set_xticks(LAMBDAS, [f"{w:g}" for w in LAMBDAS])
+        ax.set_xlabel("weight of a harmlessness pair (lambda)")
+        ax.set_ylabel("accuracy")
+        ax.legend()
+    return svg[0]
+
+
+CLAIM = Claim(
+    id="C20",
+    paper="Bai et al. 2022, Figure 27",
+    claim="A larger weight of the harmlessness loss costs large preference models less helpfulness than small ones; "
+    "weights of 2 to 3 are best on average.",
+    published="from lambda 1 to 10, helpfulness falls by 7.4 % with 13M parameters and by 1.5 % with 52B",
+    differs="4,000 helpfulness and 1,000 harmlessness pairs, and models that are 30 times apart in size instead of "
+    "4,000. The lambda with the best average is decided by comparing 2 and 3 with 1.",
+    measure=measure,
+    decide=decide,
+    plot=plot,
+)

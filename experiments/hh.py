@@ -1,0 +1,115 @@
+"""Iterated online RLHF for helpfulness and harmlessness in the built-in world (Bai et al. 2022, HH).
+
+    python experiments/hh.py                                      three rounds, about 8 minutes on two CPU cores
+    python experiments/hh.py --preset smoke                       all stages in about a minute, too short to learn much
+    python experiments/hh.py --online.sets base online online     other comparison sets
+    python experiments/hh.py --pm.harmless-weight 3               lambda-weighted harmlessness loss (HH 5.1.2)
+    python experiments/hh.py --pm.separate                        a head for helpfulness and one for harmlessness
+    python experiments/hh.py --online.red-team 0.5                more red-team prompts in the comparisons and in RL
+    python experiments/hh.py --resume runs/NAME                   resume an interrupted run
+
+The base model and the SFT model are trained as in instructgpt.py, whose settings apply here too, except those without
+effect, which are refused. Each round then
+
+    1. samples two answers to each new prompt, from the SFT model, by rejection sampling, or from the policies so far;
+    2. has them labelled by simulated labelers, who compare helpfulness on ordinary prompts and harmlessness on requests
+       for help with harm;
+    3. trains a preference model from scratch on the pairs of all rounds;
+    4. trains a policy with PPO from scratch, of which it keeps snapshots.
+
+A static policy, whose preference model has as many pairs, all of answers of the SFT model, is trained for comparison.
+At the end, all policies answer the same held-out prompts, and their gold utilities are compared by Elo scores relative
+to the SFT model.
+
+The run folder contains results.json, report.html, config.json, metrics.jsonl, tensorboard/, checkpoints/ and, in
+Hugging Face format, sft_mix/, policy/ and preference_model/, those of the last round.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from launch import command_line, process_setup
+from launch.settings import Settings
+from online import hh_settings
+from online.hh_settings import HHSettings
+
+
+def parse(arguments: list[str]) -> HHSettings:
+    """Parses the command line; raises SettingError for invalid settings."""
+    settings = command_line.parse(HHSettings, arguments, doc=__doc__, adjust=_adjust_preset, unused=hh_settings.unused)
+    hh_settings.check(settings)
+    return settings
+
+
+def _adjust_preset(preset: Settings) -> Settings:
+    if preset.preset != "smoke":
+        return preset
+    changed = {name: dataclasses.replace(getattr(preset, name), **each) for name, each in hh_settings.SMOKE.items()}
+    return dataclasses.replace(preset, **changed)
+
+
+if __name__ == "__main__":
+    command_line.answer_help(parse)
+    process_setup.use_huge_pages()
+
+from functools import partial
+
+from launch import entry_point, run_folder
+from online import hh_results, rounds
+from recipe import jobs, monitoring, run_setup, stages
+from rich.console import Console
+
+from rlhf_jax import lm
+
+
+def run(settings: HHSettings) -> dict[str, Any]:
+    """Runs all rounds and returns the contents of results.json."""
+    out = Console()
+    if settings.resume and (finished := run_folder.finished_results(settings.resume)):
+        run_setup.print_line(out, f"{settings.resume} is already finished; there is nothing to run")
+        hh_results.show(out, finished)
+        return finished
+    first = [each for each in run_setup.FIRST_STAGES if each[0] in ("pretrain", "sft_mix")]
+    with run_setup.open_run(settings, out, weights=rounds.weights(settings), first_stages=first) as (folder, job):
+        job = rounds.with_prompts(job, settings.online.red_team)
+        base = stages.pretrain(job)
+        start = stages.supervised(job, "sft_mix", base, epochs=settings.sft.mix_epochs, mix=settings.sft.mix)
+        made = rounds.run(job, start, settings.online, settings.pm, log=partial(_watched, job))
+        evaluated = rounds.evaluate(job, settings.online.sets, made)
+    results = {
+        "seconds": folder.elapsed.total,
+        "peak_rss_mb": process_setup.peak_memory_mb(),
+        "seed": settings.seed,
+        "preset": settings.preset,
+        "alarms": monitoring.raised_alarms(
+            folder.log, settings, dtype=job.cfg.dtype, stages=rounds.rl_stages(settings)
+        ),
+        "incidents": folder.incidents(),
+        **evaluated,
+    }
+    results = run_folder.finite(results)
+    models = {"sft_mix": start, "policy": made.final, "preference_model": made.rewards[-1]}
+    for name, params in models.items():
+        lm.save(folder.path / name, job.cfg, params, tokenizer=job.task.tokenizer)
+    hh_results.write_page(folder.path / "report.html", results)
+    folder.write_json(run_folder.RESULTS, results)
+    hh_results.show(out, results)
+    run_setup.print_line(out, f"report: {folder.path / 'report.html'}   results: {folder.path / run_folder.RESULTS}")
+    return results
+
+
+def _watched(job: jobs.Job, stage: str) -> Any:
+    """Returns the log of a stage of RL, which raises alarms."""
+    message = partial(job.progress.message, stage)
+    return monitoring.watch_stage(job.log, stage, job.settings, message, dtype=job.cfg.dtype)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command."""
+    entry_point.execute(run, parse, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""Comparison sets of HH: pairs of answers from the SFT model, by rejection sampling, or of online policies."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+from recipe import jobs, policy_sampling, tasks
+
+from online import domains
+from rlhf_jax import checkpoint, types
+from rlhf_jax.simulation import labelers
+
+Answerer = Callable[[tasks.PromptSet, jax.Array], policy_sampling.Answers]
+"""Samples one answer to each prompt, given a random key."""
+Source = Literal["base", "rejection", "online"]
+"""Whose answers a set has: the SFT model's, the best of several by the preference model, or those of RL policies."""
+
+
+class Sets(NamedTuple):
+    """Pairs of one or more comparison sets, for training and held out, and facts about them."""
+
+    train: types.Comparisons
+    held_out: types.Comparisons
+    held_out_asked_B: np.ndarray
+    """What the prompt of each held-out pair asks."""
+    facts: dict[str, Any]
+
+
+def policy_answers(job: jobs.Job, policy: types.Params) -> Answerer:
+    """Returns a function that samples answers of a policy."""
+    return lambda prompts, key: job.sampler(policy, None, None, prompts, key)
+
+
+def best_of_answers(job: jobs.Job, policy: types.Params, reward: types.Params, *, samples: int) -> Answerer:
+    """Returns a function that samples several answers of a policy and keeps the one with the highest score."""
+
+    def answer(prompts: tasks.PromptSet, key: jax.Array) -> policy_sampling.Answers:
+        repeated = prompts.at(np.repeat(np.arange(len(prompts)), samples))
+        answers = job.sampler(policy, None, reward, repeated, key)
+        best_B = np.arange(len(prompts)) * samples + answers.scores_B.reshape(-1, samples).argmax(axis=1)
+        return jax.tree.map(lambda x: x[best_B], answers)
+
+    return answer
+
+
+def collect(
+    job: jobs.Job,
+    answerers: Sequence[Answerer],
+    *,
+    number: int,
+    pairs: Mapping[domains.Domain, int],
+    held_out: int,
+    temperature: float | None,
+) -> Sets:
+    """Samples two answers to each prompt and has them labelled; the set is saved, and a resumed run reads it.
+
+    Args:
+        job: The job of the run.
+        answerers: Each answer comes from one of them, drawn at random.
+        number: Number of the set, on which its prompts and samples depend.
+        pairs: Number of training prompts in each domain.
+        held_out: Number of prompts of each domain, from the validation split, whose pairs are held out.
+        temperature: Noise of the labelers; None calibrates it on the helpfulness pairs of this set.
+    """
+    stage = f"comparisons-{number}"
+    with job.checkpoints(stage) as checkpoints:
+        saved = checkpoints.latest() or 0
+        try:
+            found = checkpoints.restore(None)[1:] if saved else None
+        except checkpoint.CheckpointError as error:
+            job.note(stage, f"the comparisons are collected again, because {error}")
+            found = None
+        if found is None:
+            sets = sample_and_label(
+                job, answerers, number=number, pairs=pairs, held_out=held_out, temperature=temperature
+            )
+            arrays = {"train": _fields(sets.train), "held_out": _fields(sets.held_out)}
+            checkpoints.save(saved + 1, arrays | {"asked_B": sets.held_out_asked_B}, sets.facts)
+            return sets
+        job.progress.skip(stage)
+        arrays, facts = jax.tree.map(np.asarray, found[0]), found[1]
+        train, held = (types.Comparisons(**arrays[name]) for name in ("train", "held_out"))
+        return Sets(train, held, arrays["asked_B"], facts)
+
+
+def _fields(rows: types.Comparisons) -> dict[str, Any]:
+    names = ("tokens_BKL", "mask_BKL", "ranks_BK", "where_BK", "domain_B")
+    return {name: np.asarray(getattr(rows, name)) for name in names}
+
+
+def sample_and_label(
+    job: jobs.Job,
+    answerers: Sequence[Answerer],
+    *,
+    number: int,
+    pairs: Mapping[domains.Domain, int],
+    held_out: int,
+    temperature: float | None,
+) -> Sets:
+    """Does what `collect` does, but neither reads nor saves the set."""
+    assert job.task.world is not None
+    stage, key = f"comparisons-{number}", jax.random.fold_in(job.key("comparisons"), 5000 + number)
+    total, done = sum(pairs.values()) + held_out * len(pairs), 0
+    parts: dict[tuple[str, str], types.Comparisons] = {}
+    asked: list[np.ndarray] = []
+    facts: dict[str, Any] = {}
+    job.progress.start(stage, total)
+    cells: list[tuple[str, domains.Domain]] = [(split, domain) for split in ("train", "validation") for domain in pairs]
+    for split, domain in cells:
+        n = pairs[domain] if split == "train" else held_out
+        own = jax.random.fold_in(key, len(parts))
+        prompts = domains.draw_prompts(job.settings, job.task, n, domain=domain, split=split, number=number)
+        rows, features_B2F = sample_pairs(answerers, prompts, own, width=job.task.row_width)
+        if temperature is None:  # on the first set, whose first part is helpfulness
+            agreement = job.settings.world.agreement
+            temperature = domains.calibrated_temperature(job.task.world.pool, features_B2F, agreement=agreement)
+        labelled = domains.label(
+            jax.random.fold_in(own, 1), job.task.world.pool, features_B2F, domain=domain, temperature=temperature
+        )
+        parts[split, domain] = with_labels(rows, labelled, domain=domain)
+        if split == "validation":
+            asked.append((prompts.asked_B + 100_000 * len(asked))[labelled.kept_B])  # differ between domains
+        facts[f"{split}_{domain}"] = {"labelled": n, "kept": int(labelled.kept_B.sum())}
+        done += n
+        job.progress.update(stage, done, total)
+    job.progress.finish(stage)
+    train, held = (
+        merge([part for (split, _), part in parts.items() if split == each]) for each in ("train", "validation")
+    )
+    return Sets(train, held, np.concatenate(asked), facts | {"labeler_temperature": temperature})
+
+
+def sample_pairs(
+    answerers: Sequence[Answerer], prompts: tasks.PromptSet, key: jax.Array, *, width: int
+) -> tuple[types.Comparisons, np.ndarray]:
+    """Samples two answers to each prompt.
+
+    Args:
+        answerers: Each answer comes from one of them, drawn at random.
+        prompts: The prompts.
+        key: A random key; consumed.
+        width: Number of tokens in a row.
+
+    Returns:
+        The pairs, all tied, and the features of the answers, ``[B, 2, F]``.
+    """
+    n = len(prompts)
+    which_R = np.asarray(jax.random.randint(jax.random.fold_in(key, 0), (2 * n,), 0, len(answerers)))
+    tokens_RL, mask_RL = np.zeros((2 * n, width), np.int32), np.zeros((2 * n, width), bool)
+    features_RF = np.zeros((2 * n, len(labelers.FEATURES)), np.float32)
+    for i, answerer in enumerate(answerers):
+        rows = np.flatnonzero(which_R == i)
+        if len(rows):
+            answers = answerer(prompts.at(rows // 2), jax.random.fold_in(key, 100 + i))
+            tokens_RL[rows], mask_RL[rows] = answers.tokens_BL, answers.mask_BL
+            features_RF[rows] = labelers.features(answers.gold)
+    paired = partial(np.reshape, order="C")
+    return types.Comparisons(
+        tokens_BKL=paired(tokens_RL, (n, 2, width)),  # type: ignore[arg-type]
+        mask_BKL=paired(mask_RL, (n, 2, width)),  # type: ignore[arg-type]
+        ranks_BK=np.ones((n, 2), np.int32),  # type: ignore[arg-type]
+        where_BK=np.ones((n, 2), bool),  # type: ignore[arg-type]
+    ), paired(features_RF, (n, 2, -1))
+
+
+def with_labels(rows: types.Comparisons, labelled: domains.Labelled, *, domain: domains.Domain) -> types.Comparisons:
+    """Returns the pairs that the labelers do not find equal, with their ranks and the number of the domain."""
+    first_B = labelled.first_is_better_B
+    ranks_BK = np.stack([np.where(first_B, 1, 2), np.where(first_B, 2, 1)], axis=1).astype(np.int32)
+    number_B = np.full(len(first_B), domains.DOMAINS.index(domain), np.int32)
+    ranked = dataclasses.replace(rows, ranks_BK=ranks_BK, domain_B=number_B)  # type: ignore[arg-type]
+    return jax.tree.map(lambda x: x[labelled.kept_B], ranked)
+
+
+def merge(parts: Sequence[types.Comparisons]) -> types.Comparisons:
+    """Returns the pairs of all parts."""
+    return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+
+def of_domain(rows: types.Comparisons, domain: domains.Domain) -> types.Comparisons:
+    """Returns the pairs of one domain."""
+    own_B = np.asarray(rows.domain_B) == domains.DOMAINS.index(domain)
+    return jax.tree.map(lambda x: x[own_B], rows)
