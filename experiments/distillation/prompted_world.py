@@ -1,7 +1,7 @@
 """Context distillation in the built-in world: a teacher whose answers depend on a prompt, its rows and its evaluation.
 
-The teacher is fine-tuned on flawless answers to questions that follow `PROMPT`, and on the demonstrators' ordinary
-answers to questions that do not. Since a prompt is parsed from its last tokens, the gold utility ignores `PROMPT`.
+The teacher is fine-tuned on flawless answers to questions that follow the prompt, and on the demonstrators' ordinary
+answers to questions that do not. The gold utility of an answer depends on the question only, not on what precedes it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import numpy as np
 from launch import host_agreement
 from recipe import evaluation, jobs, policy_sampling, stages, tasks
 
-from rlhf_jax import diagnostics, generation, lm, parallel, types
+from distillation import distill_rows
+from rlhf_jax import generation, lm, parallel, types
 from rlhf_jax.data import batching, plain_text
 from rlhf_jax.simulation import demonstrators, lexicon, prompts
 from rlhf_jax.simulation import world as world_lib
@@ -24,17 +25,15 @@ from rlhf_jax.train import ppo_models
 from rlhf_jax.train import state as state_lib
 from rlhf_jax.train.optim import schedules
 
-PROMPT = "answer with true facts and be good ."
-"""The prompt that changes the teacher's answers, in words of the world."""
 _STREAM = 9
 """Index of the random stream of the demonstrations, after those of `tasks`."""
 _CHUNK = 128
 """Number of held-out prompts for which the KL is computed at a time."""
 
 
-def prompt_ids(job: jobs.Job, text: str = PROMPT) -> list[int]:
+def prompt_ids(task: tasks.Task, text: str) -> list[int]:
     """Returns the token ids of the teacher's prompt."""
-    return plain_text.encode_texts(job.task.tokenizer, [text])[0]
+    return plain_text.encode_texts(task.tokenizer, [text])[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,21 +63,11 @@ def teacher_rows(job: jobs.Job, dialogues: Dialogues, prompt: Sequence[int]) -> 
     begins = [[*prompt, *ids] for ids in dialogues.prompts] + dialogues.prompts
     answers = dialogues.flawless + dialogues.ordinary
     width = len(prompt) + job.task.row_width
-    rows = text_rows([[*begin, *answer] for begin, answer in zip(begins, answers)], width=width)
+    ids = [[*begin, *answer] for begin, answer in zip(begins, answers)]
+    rows: Any = distill_rows.padded(ids, width=width, pad_id=lexicon.PAD_ID)
     for row, begin in enumerate(begins):
         rows.loss_mask_BL[row, : len(begin)] = False
     return rows
-
-
-def text_rows(rows: Sequence[Sequence[int]], *, width: int) -> types.TokenBatch:
-    """Right-pads rows of token ids; the loss is on all tokens except the first."""
-    tokens_BL = np.full((len(rows), width), lexicon.PAD_ID, np.int32)
-    mask_BL = np.zeros(tokens_BL.shape, bool)
-    for row, ids in enumerate(rows):
-        tokens_BL[row, : len(ids)], mask_BL[row, : len(ids)] = ids, True
-    loss_mask_BL = mask_BL.copy()
-    loss_mask_BL[:, 0] = False
-    return types.TokenBatch(tokens_BL, mask_BL, loss_mask_BL)
 
 
 def train_teacher(
@@ -90,7 +79,7 @@ def train_teacher(
     n_text = round(batch * settings.sft.mix)
     steps = max(1, epochs * len(rows.tokens_BL) // (batch - n_text))
     text_BL = job.task.pretraining_BL
-    text = text_rows([*text_BL], width=width)
+    text = distill_rows.padded([*text_BL], width=width, pad_id=lexicon.PAD_ID)
     order, text_order = (
         batching.epoch_batches(0, n=n, batch_size=size, key=jax.random.fold_in(key, i), steps=steps)
         for i, (n, size) in enumerate(((len(rows.tokens_BL), batch - n_text), (len(text_BL), max(n_text, 1))))
@@ -112,13 +101,13 @@ def train_teacher(
     return state.params
 
 
-def distillation_rows(job: jobs.Job, dialogues: Dialogues, *, mix: float) -> list[list[int]]:
-    """Returns the dialogues and, for the share ``mix`` of all rows, pretraining text after a user token.
+def distillation_rows(job: jobs.Job, dialogues: Dialogues, *, n: int, mix: float) -> list[list[int]]:
+    """Returns the first n dialogues and, for the share ``mix`` of all rows, pretraining text after a user token.
 
     Bai et al. 2022 (A.1) use equal shares of both and the best answers to questions as dialogues. The dialogues here
     have flawless answers.
     """
-    rows = [[*prompt, *answer] for prompt, answer in zip(dialogues.prompts, dialogues.flawless)]
+    rows = [[*prompt, *answer] for prompt, answer in zip(dialogues.prompts[:n], dialogues.flawless)]
     n_text = round(len(rows) * mix / (1 - mix))
     text_BL = job.task.pretraining_BL
     chosen = np.arange(n_text) % len(text_BL)
@@ -155,9 +144,7 @@ class Evaluator:
 def make_evaluator(job: jobs.Job, prompt: Sequence[int]) -> Evaluator:
     """Returns the evaluator, whose programs compile when they are first called."""
     task = with_prompt(job, prompt)
-    spec = generation.Sampling(
-        max_new_tokens=task.response_width, stop_ids=task.fmt.stop_ids, pad_id=task.fmt.pad_id
-    )
+    spec = generation.Sampling(max_new_tokens=task.response_width, stop_ids=task.fmt.stop_ids, pad_id=task.fmt.pad_id)
     models = ppo_models.from_config(job.cfg, spec, prompt_width=task.prompt_width)
 
     def kl(teacher: Any, student: Any, prompted: Any, unprompted: Any) -> jax.Array:
@@ -203,23 +190,7 @@ def token_kls(
     return np.concatenate(sums)[:n], answers.response_mask_BT.sum(axis=1)
 
 
-def kl_per_token(kl_B: np.ndarray, tokens_B: np.ndarray, asked_B: np.ndarray) -> list[float]:
-    """Returns ``[mean, low, high]`` of the KL per token, clustered by what the prompts ask."""
-    return _ratio(kl_B, tokens_B, asked_B)
-
-
-def share_removed(before_B: np.ndarray, after_B: np.ndarray, asked_B: np.ndarray) -> list[float]:
-    """Returns ``[share, low, high]``, by how much of itself the KL has fallen, clustered by what the prompts ask."""
-    return _ratio(before_B - after_B, before_B, asked_B)
-
-
-def _ratio(parts_B: np.ndarray, wholes_B: np.ndarray, asked_B: np.ndarray) -> list[float]:
-    cluster_B = np.unique(asked_B, return_inverse=True)[1]
-    sums = (np.bincount(cluster_B, weights=np.float64(each)) for each in (parts_B, wholes_B))
-    return list(diagnostics.ratio_interval(*sums, rate=False))
-
-
 def gold_difference(answers: policy_sampling.Answers, other: policy_sampling.Answers, asked_B: np.ndarray) -> Any:
-    """Returns ``[mean, low, high]`` of the differences in gold utility of two answers to the same prompts."""
+    """Returns ``[mean, low, high]`` of the differences in gold utility of two answers to the same questions."""
     difference_B = np.asarray(answers.gold.total, np.float64) - np.asarray(other.gold.total, np.float64)
     return evaluation.mean(difference_B, asked_B)

@@ -157,7 +157,9 @@ def token_kl(
     other_tokens_BL = tokens_BL if other_tokens_BL is None else other_tokens_BL
     other_hidden, other_apply = alignment.hidden_states(other_params, other_tokens_BL, other_cfg or cfg, *masks)
     if hidden.shape[1] != other_hidden.shape[1]:
-        raise ValueError(f"the responses have {hidden.shape[1]} and {other_hidden.shape[1]} columns; they must be equal")
+        raise ValueError(
+            f"the responses have {hidden.shape[1]} and {other_hidden.shape[1]} columns; they must be equal"
+        )
 
     def divergence(hidden: jax.Array, other_hidden: jax.Array) -> jax.Array:
         logits, other_logits = apply.logits(params, hidden), other_apply.logits(other_params, other_hidden)

@@ -1,9 +1,9 @@
 """Files of records in the array_record format, which are written in parts, so that an interrupted write continues.
 
 A file is one array_record file, which other tools can read. Its first record is a JSON object, the header, which says
-what the other records are made from. While a file is being written, its finished parts are in the folder ``PATH.parts``.
-A write that is interrupted at any point and started again computes only the missing parts. The bytes of the finished
-file do not depend on interruptions.
+what the other records are made from. While a file is being written, its finished parts are in the folder
+``PATH.parts``. A write that is interrupted at any point and started again computes only the missing parts. The bytes of
+the finished file do not depend on interruptions.
 """
 
 from __future__ import annotations
