@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from functools import partial
 from typing import Any
 
@@ -142,10 +143,9 @@ def train_student(
     steps = -(-epochs * n // batch)
     key = jax.random.fold_in(engine.stage_key(job.settings.seed, "sft"), 11)
     order = batching.epoch_batches(0, n=n, batch_size=batch, key=key, steps=steps)
-    step = sft.make_distillation_step(partial(lm.token_listed_logprobs, cfg=job.cfg))
     state = job.fit(
         "distill",
-        parallel.jit_step(step, mesh=job.mesh),
+        _compiled_step(job.cfg, job.mesh),  # type: ignore[arg-type]  # frozen, thus hashable
         job.create_on_mesh(partial(state_lib.create, tx=tx), jax.tree.map(np.array, start)),
         steps,
         batch_at=lambda i: batch_of(order[i]),
@@ -153,6 +153,11 @@ def train_student(
         rng=jax.random.fold_in(key, 1),
     )
     return state.params, steps
+
+
+@functools.cache
+def _compiled_step(cfg: lm.LMConfig, mesh: jax.sharding.Mesh | None) -> parallel.JitStep:
+    return parallel.jit_step(sft.make_distillation_step(partial(lm.token_listed_logprobs, cfg=cfg)), mesh=mesh)
 
 
 def compare(

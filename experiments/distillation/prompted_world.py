@@ -7,6 +7,7 @@ answers to questions that do not. The gold utility of an answer depends on the q
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -21,7 +22,7 @@ from rlhf_jax import generation, lm, parallel, types
 from rlhf_jax.data import batching, plain_text
 from rlhf_jax.simulation import demonstrators, lexicon, prompts
 from rlhf_jax.simulation import world as world_lib
-from rlhf_jax.train import ppo_models
+from rlhf_jax.train import ppo, ppo_models
 from rlhf_jax.train import state as state_lib
 from rlhf_jax.train.optim import schedules
 
@@ -142,10 +143,19 @@ class Evaluator:
 
 
 def make_evaluator(job: jobs.Job, prompt: Sequence[int]) -> Evaluator:
-    """Returns the evaluator, whose programs compile when they are first called."""
+    """Returns the evaluator, whose programs compile when they are first called. Jobs of equal sizes share them."""
     task = with_prompt(job, prompt)
-    spec = generation.Sampling(max_new_tokens=task.response_width, stop_ids=task.fmt.stop_ids, pad_id=task.fmt.pad_id)
-    models = ppo_models.from_config(job.cfg, spec, prompt_width=task.prompt_width)
+    models, kl, samplers = _programs(job.cfg, job.spec, task.prompt_width, job.task.prompt_width, job.mesh)  # type: ignore[arg-type]
+    if not samplers:
+        samplers.append(policy_sampling.Sampler(models, task=task, mesh=job.mesh))
+    return Evaluator(job, task, samplers[0].with_task(task), kl)
+
+
+@functools.cache
+def _programs(
+    cfg: lm.LMConfig, spec: generation.Sampling, prompted_width: int, width: int, mesh: jax.sharding.Mesh | None
+) -> tuple[ppo.Models, parallel.JitStep, list[policy_sampling.Sampler]]:
+    """Returns the functions of the model, the compiled KL, and a list for the sampler, which needs a task."""
 
     def kl(teacher: Any, student: Any, prompted: Any, unprompted: Any) -> jax.Array:
         (tokens_BL, mask_BL), (other_BL, other_mask_BL) = prompted, unprompted
@@ -153,16 +163,16 @@ def make_evaluator(job: jobs.Job, prompt: Sequence[int]) -> Evaluator:
             teacher,
             student,
             tokens_BL,
-            cfg=job.cfg,
+            cfg=cfg,
             mask_BL=mask_BL,
-            prompt_width=task.prompt_width,
+            prompt_width=prompted_width,
             other_tokens_BL=other_BL,
             other_mask_BL=other_mask_BL,
-            other_prompt_width=job.task.prompt_width,
+            other_prompt_width=width,
         )
 
-    compiled = parallel.JitStep(kl, donate_argnums=(), mesh=job.mesh, batch_args=(2, 3), replicated_args=())
-    return Evaluator(job, task, policy_sampling.Sampler(models, task=task, mesh=job.mesh), compiled)
+    compiled = parallel.JitStep(kl, donate_argnums=(), mesh=mesh, batch_args=(2, 3), replicated_args=())
+    return ppo_models.from_config(cfg, spec, prompt_width=prompted_width), compiled, []
 
 
 def prompted_answers(made: Evaluator, teacher: types.Params, rng: jax.Array) -> policy_sampling.Answers:

@@ -1,0 +1,1 @@
+"""Claims of Anthropic's helpful and harmless assistants."""
