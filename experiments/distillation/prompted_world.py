@@ -19,7 +19,7 @@ from recipe import evaluation, jobs, policy_sampling, stages, tasks
 
 from distillation import distill_rows
 from rlhf_jax import generation, lm, parallel, types
-from rlhf_jax.data import batching, plain_text
+from rlhf_jax.data import batching, padding, plain_text
 from rlhf_jax.simulation import demonstrators, lexicon, prompts
 from rlhf_jax.simulation import world as world_lib
 from rlhf_jax.train import ppo, ppo_models
@@ -117,19 +117,12 @@ def distillation_rows(job: jobs.Job, dialogues: Dialogues, *, n: int, mix: float
 
 def with_prompt(job: jobs.Job, prompt: Sequence[int]) -> tasks.Task:
     """Returns the task with ``prompt`` before each held-out prompt."""
-    task, C = job.task, len(prompt)
-
-    def insert(tokens_P: np.ndarray, mask_P: np.ndarray) -> list[int]:
-        return [*prompt, *tokens_P[mask_P].tolist()]
-
-    held_out = task.eval_prompts
-    shape = len(held_out), task.prompt_width + C
-    tokens_BP, mask_BP = np.full(shape, task.fmt.pad_id, np.int32), np.zeros(shape, bool)
-    for row, (tokens_P, mask_P) in enumerate(zip(held_out.tokens_BP, held_out.mask_BP)):
-        ids = insert(tokens_P, mask_P)
-        tokens_BP[row, shape[1] - len(ids) :], mask_BP[row, shape[1] - len(ids) :] = ids, True
+    task, held_out = job.task, job.task.eval_prompts
+    ids = [[*prompt, *tokens_P[mask_P].tolist()] for tokens_P, mask_P in zip(held_out.tokens_BP, held_out.mask_BP)]
+    width = task.prompt_width + len(prompt)
+    tokens_BP, mask_BP = padding.pad_prompts(ids, width=width, pad_id=task.fmt.pad_id)
     prompted = dataclasses.replace(held_out, tokens_BP=tokens_BP, mask_BP=mask_BP)
-    return dataclasses.replace(task, prompt_width=shape[1], eval_prompts=prompted)
+    return dataclasses.replace(task, prompt_width=width, eval_prompts=prompted)
 
 
 @dataclasses.dataclass(frozen=True)
