@@ -84,6 +84,7 @@ def _prepare(settings: OwnDistillSettings, mesh: Any, counts: errors.DropCount) 
         "data": run_folder.data_digest(settings.data.path or ""),
         "pretraining": None if settings.data.pretraining is None else run_folder.data_digest(settings.data.pretraining),
         "tokenizer": teacher_stage.tokenizer_digest(student.fmt),
+        "dtype": initial_model.with_compute(teacher_cfg, settings.compute).dtype,
         "width": width,
         "rows": [rows.n_train, len(rows.ids) - rows.n_train],
         "clusters": rows.clusters,

@@ -25,8 +25,8 @@ from rlhf_jax.data.stores import record_file, teacher_rows
 
 NAME = "teacher.array_record"
 """Name of the file in the run folder."""
-_PARTS = 50
-"""Approximate number of parts of a file, each of which an interruption can lose."""
+_PARTS, _LARGEST_PART = 50, 512
+"""Approximate number of parts of a file, and the most rows of a part, which an interruption can lose."""
 
 
 def tokenizer_digest(fmt: chat.ChatFormat) -> str:
@@ -122,7 +122,7 @@ def write(
         made = {"ids_BLK": top.ids, "logprobs_BLK": top.logprobs}
         return teacher_rows.encode(types.DistillationBatch(batch.tokens_BL, batch.mask_BL, batch.loss_mask_BL, **made))
 
-    per_part = -(-n // (_PARTS * per_pass)) * per_pass
+    per_part = min(-(-n // (_PARTS * per_pass)) * per_pass, _LARGEST_PART)
     report = lambda done: job.progress.update("teacher", done, n)  # noqa: E731
     with _locked(path):
         record_file.write(path, header, records, n=n, per_part=per_part, progress=report)
@@ -139,15 +139,17 @@ def _locked(path: pathlib.Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends, however it ends
         except BlockingIOError:
             raise SettingError(f"another process is writing --teacher-file {path}; wait until it ends") from None
-        yield
-        lock.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def check_header(path: pathlib.Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Raises SettingError, naming what differs, if a file was made from something else than ``expected``."""
     for name, value in expected.items():
         if found.get(name) != value:
-            what = _NAMES.get(name, name)
+            what = _NAMES.get(name, "other rows")
             raise SettingError(
                 f"--teacher-file {path} was made with {what}{_values(found.get(name), value)}; give what it was made "
                 "from, or another file"
@@ -160,9 +162,12 @@ _NAMES = {
     "data": "another --data.path",
     "pretraining": "another --data.pretraining",
     "tokenizer": "another tokenizer than that of --model",
-    "template": "another chat template",
-    "rows": "other rows",
-    "clusters": "other rows",
+    "dtype": "another --compute.dtype",
+    "k": "--k",
+    "mix": "--mix",
+    "held_out": "--data.held-out",
+    "width": "--data.width",
+    "seed": "--seed",
 }
 
 

@@ -206,9 +206,9 @@ def test_students_share_the_file_of_a_teacher(given, shared_file, tmp_path):
         (("model", "data.path"), {"data.path": "text.txt"}, (), "was made with another --data.path"),
         (("model", "data.pretraining"), {}, (), "was made with another --data.pretraining"),
         (("model",), {"model": "stranger"}, (), "was made with another tokenizer than that of --model"),
-        (("model",), {}, ("--k", 7), "was made with k 6 instead of 7"),
-        (("model",), {}, ("--data.held-out", 0.2), "was made with held_out 0.1 instead of 0.2"),
-        (("model",), {}, ("--data.width", 64), "was made with width 32 instead of 64"),
+        (("model",), {}, ("--k", 7), "was made with --k 6 instead of 7"),
+        (("model",), {}, ("--data.held-out", 0.2), "was made with --data.held-out 0.1 instead of 0.2"),
+        (("model",), {}, ("--data.width", 64), "was made with --data.width 32 instead of 64"),
     ],
 )
 def test_a_file_that_was_made_from_something_else_is_refused(

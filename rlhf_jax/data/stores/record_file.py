@@ -22,6 +22,8 @@ FORMAT = "rlhf_jax.records.1"
 """Value of ``format`` in the header of every file."""
 _RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
 _ONE_RECORD_PER_BLOCK = "group_size:1"
+_READ = 64
+"""Number of records that are copied at a time."""
 
 
 class RecordFile:
@@ -129,7 +131,9 @@ class _Part:
 
     def __iter__(self) -> Any:
         reader = _module().ArrayRecordReader(os.fspath(self._path), _RANDOM_ACCESS)
-        yield from reader.read_all()
+        n = reader.num_records()
+        for start in range(0, n, _READ):
+            yield from reader.read(list(range(start, min(start + _READ, n))))
         reader.close()
 
 
