@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -29,6 +30,18 @@ class Rows:
     """For each held-out row, the index of its conversation or document; rows of the same are not independent."""
 
 
+class Made(NamedTuple):
+    """The rows of a file of dialogues and a file of pretraining text."""
+
+    rows: Rows
+    width: int
+    """Maximum number of tokens in a row."""
+    notes: list[str]
+    """Warnings about the data."""
+    remark: str
+    """A line to print about the data; none if empty."""
+
+
 def user_turn(fmt: chat.ChatFormat) -> list[int]:
     """Returns the ids with which a user turn starts, such as those of "Human:" and what a template writes before it."""
     text = fmt.renderer.render([{"role": "user", "content": _MARK}], prompt=False)
@@ -51,7 +64,7 @@ def text_rows(fmt: chat.ChatFormat, texts: Sequence[str], *, width: int) -> list
 
 def dialogues(
     settings: OwnDistillSettings, fmt: chat.ChatFormat, counts: errors.DropCount, key: jax.Array, *, max_width: int
-) -> tuple[demonstrations.Encoded, demonstrations.Encoded, int]:
+) -> tuple[demonstrations.Encoded, demonstrations.Encoded, int, bool]:
     """Reads and encodes the dialogues of --data.path.
 
     Args:
@@ -62,20 +75,20 @@ def dialogues(
         max_width: Maximum number of tokens in a row.
 
     Returns:
-        ``(train, held_out, width)``.
+        ``(train, held_out, width, preferred)``; ``preferred`` is whether the answers are those of comparisons.
     """
     data = settings.data
     assert data.path is not None
-    found, _ = demonstrations.read(data.path, counts)
+    found, preferred = demonstrations.read(data.path, counts)
     encoded, width = demonstrations.encode(
         fmt, found, width=data.width, max_width=max_width, train_on="everything", counts=counts
     )
-    return *demonstrations.split(encoded, data.held_out, key, flag="--data.held-out"), width
+    return *demonstrations.split(encoded, data.held_out, key, flag="--data.held-out"), width, preferred
 
 
 def make(
     settings: OwnDistillSettings, fmt: chat.ChatFormat, counts: errors.DropCount, key: jax.Array, *, max_width: int
-) -> tuple[Rows, int, list[str]]:
+) -> Made:
     """Reads the data and returns all rows, in the order of the teacher's file.
 
     Args:
@@ -84,11 +97,8 @@ def make(
         counts: Counts unusable records.
         key: Decides which rows are held out.
         max_width: Maximum number of tokens in a row.
-
-    Returns:
-        ``(rows, width, notes)``; the notes are warnings about the data.
     """
-    train, held_out, width = dialogues(settings, fmt, counts, key, max_width=max_width)
+    train, held_out, width, preferred = dialogues(settings, fmt, counts, key, max_width=max_width)
     parts, notes = ([train.ids, held_out.ids], [])
     clusters = human_comparisons.conversation_ids(held_out.records).tolist() if held_out.ids else []
     if settings.data.pretraining is not None:
@@ -107,7 +117,8 @@ def make(
             if part == 1:
                 first = max(clusters, default=-1) + 1
                 clusters += range(first, first + len(rows))
-    return Rows(parts[0] + parts[1], len(parts[0]), clusters), width, notes
+    remark = "the file has comparisons; their preferred answers end the dialogues" if preferred else ""
+    return Made(Rows(parts[0] + parts[1], len(parts[0]), clusters), width, notes, remark)
 
 
 def _texts(settings: OwnDistillSettings, key: jax.Array) -> tuple[list[str], list[str]]:

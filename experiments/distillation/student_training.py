@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Mapping
 from functools import partial
@@ -72,7 +73,8 @@ def _prepare(settings: OwnDistillSettings, mesh: Any, counts: errors.DropCount) 
             what = "the size of the vocabulary" if name == "k" else "what student and teacher can read after the prompt"
             raise SettingError(f"--{name} is {value}; it must be at most {most}, {what}")
     key = _key(settings.seed)
-    rows, width, notes = distill_rows.make(settings, student.fmt, counts, key, max_width=limit)
+    made = distill_rows.make(settings, student.fmt, counts, key, max_width=limit)
+    rows = made.rows
     digest = teacher or student.path
     header = {
         "k": settings.k,
@@ -85,14 +87,15 @@ def _prepare(settings: OwnDistillSettings, mesh: Any, counts: errors.DropCount) 
         "pretraining": None if settings.data.pretraining is None else run_folder.data_digest(settings.data.pretraining),
         "tokenizer": teacher_stage.tokenizer_digest(student.fmt),
         "dtype": initial_model.with_compute(teacher_cfg, settings.compute).dtype,
-        "width": width,
+        "width": made.width,
         "rows": [rows.n_train, len(rows.ids) - rows.n_train],
         "clusters": rows.clusters,
         "prompt_tokens": len(prompt),
         "dropped": counts.dropped,
         "truncated": counts.truncated,
     }
-    return _prepared(settings, mesh, student, _Inputs(path, header, rows, prompt, teacher), notes)
+    prepared = _prepared(settings, mesh, student, _Inputs(path, header, rows, prompt, teacher))
+    return dataclasses.replace(prepared, notes=made.notes, remark=made.remark)
 
 
 def _key(seed: int) -> jax.Array:
@@ -100,11 +103,7 @@ def _key(seed: int) -> jax.Array:
 
 
 def _prepared(
-    settings: OwnDistillSettings,
-    mesh: Any,
-    student: initial_model.InitialModel,
-    inputs: _Inputs,
-    notes: list[str],
+    settings: OwnDistillSettings, mesh: Any, student: initial_model.InitialModel, inputs: _Inputs
 ) -> stage_run.Prepared:
     n_train, n_held_out = inputs.header["rows"]
     trained = training.rows_trained(settings, n_train, mesh)
@@ -120,7 +119,6 @@ def _prepared(
         },
         stages=[("teacher", 1.0 * reading), ("distill", 3.0 * trained), ("evaluate", 2.0 * n_held_out)],
         remark=f"the teacher's distributions are in {inputs.path}" if inputs.rows is None else "",
-        notes=notes,
     )
 
 
@@ -178,7 +176,7 @@ def _with_file(settings: OwnDistillSettings, mesh: Any, header: Mapping[str, Any
             f"--teacher-file {path} has rows of {header['width']} tokens, more than the {student.cfg.max_length} of "
             f"--model {settings.model}"
         )
-    return _prepared(settings, mesh, student, _Inputs(path, header, None, [], None), [])
+    return _prepared(settings, mesh, student, _Inputs(path, header, None, [], None))
 
 
 def _train(

@@ -19,7 +19,6 @@ from launch.run_settings import SettingError
 
 from rlhf_jax import lm, losses, metrics, types
 from rlhf_jax.data import chat, dialogues, errors, tokenizers
-from rlhf_jax.data.stores import record_file
 
 pytest.importorskip("array_record")
 EXPERIMENTS = pathlib.Path(launch.__path__[0]).parent
@@ -325,7 +324,7 @@ def test_a_killed_run_resumes_with_the_same_file_and_student(given, tmp_path, wh
 def test_a_dialogue_keeps_its_question_and_its_answer(given):
     fmt = initial_model.load(str(given / "student")).fmt
     settings = parsed(given, "model", "prompt", "data.path")
-    rows, width, notes = distill_rows.make(settings, fmt, errors.DropCount(), jax.random.key(0), max_width=64)
+    made = distill_rows.make(settings, fmt, errors.DropCount(), jax.random.key(0), max_width=64)
     turns = [dialogues.Turn("user", "Do you like tea and salt?"), dialogues.Turn("assistant", "I like salt.")]
-    assert chat.encode_dialogue(fmt, turns)[0] in rows.ids and not notes and max(map(len, rows.ids)) <= width
-    assert record_file.FORMAT == "rlhf_jax.records.1"
+    assert chat.encode_dialogue(fmt, turns)[0] in made.rows.ids and not made.notes and not made.remark
+    assert max(map(len, made.rows.ids)) <= made.width <= 64 and made.rows.n_train + len(made.rows.clusters) == 64
