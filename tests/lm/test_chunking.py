@@ -291,5 +291,5 @@ def test_kl_between_models_that_read_a_response_after_different_prompts():
         np.testing.assert_allclose(got[row, : len(logits[0])], kl.full(*logits), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="requires prompt_width and other_prompt_width"):
         lm.token_kl(model(), other, first, cfg=CFG, other_tokens_BL=second)
-    with pytest.raises(ValueError, match="not equally many"):
+    with pytest.raises(ValueError, match="they must be equal"):
         lm.token_kl(*(model(), other, first), cfg=CFG, prompt_width=3, other_tokens_BL=second, other_prompt_width=4)
