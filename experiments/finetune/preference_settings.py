@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from launch import config_file
@@ -97,22 +98,30 @@ class OwnDPOSettings(direct_settings.LossSettings, Packing, StageSettings):
     """Maximum number of pairs per prompt, sampled from all pairs of its answers that differ in rank. 0 uses all."""
 
 
-def is_own(arguments: list[str], other: str, *, own: type, world: type) -> bool:
+def is_own(
+    arguments: list[str],
+    other: str | None,
+    *,
+    own: type,
+    world: type,
+    needed: Sequence[str] = ("--model", "--data.path"),
+) -> bool:
     """Returns whether a command line, or the run that it resumes, has a model and a file of its own.
 
     Args:
         arguments: The command line without the program's name.
-        other: A flag that selects the other settings, such as --folds.
+        other: A flag that selects the other settings, such as --folds; None if there is none.
         own: The settings with a model and a file.
         world: The other settings of the command.
+        needed: The flags that select ``own``.
 
     Raises:
         SettingError: A flag of only ``own`` is given, but not all that it needs.
     """
     if resume := peek(arguments, "--resume"):
         return "lora" in config_file.read(resume)
-    missing = [flag for flag in ("--model", "--data.path") if peek(arguments, flag) is None]
-    if not missing and peek(arguments, other) is None:
+    missing = [flag for flag in needed if peek(arguments, flag) is None]
+    if not missing and (other is None or peek(arguments, other) is None):
         return True
     if {"-h", "--help"} & set(arguments):
         return False

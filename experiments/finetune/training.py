@@ -90,14 +90,20 @@ class Schedule(NamedTuple):
     batch: int
 
 
-def schedule(run: engine.Engine, stage: str, rows: int, settings: StageSettings) -> Schedule:
-    """Returns the schedule of a stage on ``rows`` rows; notes batches that are smaller than --batch."""
+def schedule(
+    run: engine.Engine, stage: str, rows: int, settings: StageSettings, *, key: jax.Array | None = None
+) -> Schedule:
+    """Returns the schedule of a stage on ``rows`` rows; notes batches that are smaller than --batch.
+
+    ``key`` shuffles the rows; by default, it is that of the stage.
+    """
     batch = rows_per_step(settings, rows, run.mesh)
     if batch < settings.batch:
         size, all_rows = errors.counted(batch, "rows"), errors.counted(rows, "rows")
         run.note(stage, f"a step has {size} instead of --batch {settings.batch}: the data has only {all_rows}")
     steps = count_steps(settings, rows, batch=batch)
-    order = batching.epoch_batches(0, n=rows, batch_size=batch, key=run.key(stage), steps=steps)
+    key = run.key(stage) if key is None else key
+    order = batching.epoch_batches(0, n=rows, batch_size=batch, key=key, steps=steps)
     return Schedule(order, steps, batch)
 
 
@@ -127,6 +133,7 @@ def fit(
     hyper: dict[str, Any] | None = None,
     planned: Schedule | None = None,
     batch_at: Callable[[int], Any] | None = None,
+    decay: Callable[[Any, Any], Any] = schedules.cosine,
     **options: Any,
 ) -> Trained:
     """Trains on shuffled rows.
@@ -141,6 +148,7 @@ def fit(
         hyper: Further hyperparameters of the step.
         planned: The schedule, if the caller has already computed it.
         batch_at: Returns the batch of a step; by default, the rows of ``data`` that the schedule selects.
+        decay: Schedule of the learning rate after the warmup, from `rlhf_jax.train.optim.schedules`.
         **options: Other arguments of `Engine.fit`.
     """
     order, steps, _ = planned or schedule(run, stage, len(jax.tree.leaves(data)[0]), settings)
@@ -148,7 +156,7 @@ def fit(
 
     def hyper_at(i: int) -> dict[str, Any]:
         warmup = schedules.constant_with_warmup(i, steps, warmup=max(1, steps // 10))
-        rate = np.float32(peak * warmup * schedules.cosine(i, steps))
+        rate = np.float32(peak * warmup * decay(i, steps))
         return {"learning_rate": rate, "max_grad_norm": np.float32(settings.max_grad_norm), **(hyper or {})}
 
     step = make_train_step(join=start.join, micro_batches=settings.micro_batches)

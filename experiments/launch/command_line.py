@@ -108,15 +108,21 @@ def parse(
 
 
 def parse_stage(
-    kind: type[R], arguments: list[str], *, doc: str | None, check: Callable[[R], None] = lambda parsed: None
+    kind: type[R],
+    arguments: list[str],
+    *,
+    doc: str | None,
+    check: Callable[[R], None] = lambda parsed: None,
+    preset: R | None = None,
 ) -> R:
-    """Parses and checks the settings of a command without presets.
+    """Parses and checks the settings of a command that does not extend those of instructgpt.py.
 
     Args:
         kind: The settings class of the command.
         arguments: The command line without the program's name.
         doc: The description that ``--help`` prints.
         check: Raises SettingError for settings that are out of range; those of `StageSettings` are checked anyway.
+        preset: The settings before flags are applied; None uses the defaults of ``kind``.
 
     Returns:
         The settings.
@@ -125,7 +131,7 @@ def parse_stage(
         SettingError: A setting is out of range or conflicts with another, or the run cannot be resumed.
     """
     resume = settings.peek(arguments, "--resume")
-    default = config_file.read_settings(kind, resume) if resume else None
+    default = config_file.read_settings(kind, resume) if resume else preset
     parsed = _parse_or_resume(kind, arguments, doc=doc, default=default, resume=resume, free=("mesh",))
     setting_checks.check_stage(parsed)
     setting_checks.check_log(parsed)

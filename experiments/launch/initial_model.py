@@ -73,7 +73,7 @@ def load(
         SettingError: The folder has no usable model of this kind.
     """
     check(path, kind=kind, flag=flag)
-    return _load(_saved_in_run(path, kind, flag), flag, mesh, template)
+    return _load(saved_in_run(path, kind, flag), flag, mesh, template)
 
 
 def check(path: str, *, kind: str = LANGUAGE_MODEL, flag: str = "--model") -> lm.LMConfig:
@@ -82,7 +82,7 @@ def check(path: str, *, kind: str = LANGUAGE_MODEL, flag: str = "--model") -> lm
     Raises:
         SettingError: The folder has no model of this kind.
     """
-    folder = _saved_in_run(path, kind, flag)
+    folder = saved_in_run(path, kind, flag)
     names = {each.name for each in pathlib.Path(folder).glob("*")}
     if "config.json" not in names and any(name.startswith("tokenizer") for name in names):
         raise SettingError(
@@ -126,7 +126,7 @@ def create(
     return InitialModel(architecture, cfg, params, fmt)
 
 
-def _saved_in_run(path: str, kind: str, flag: str) -> str:
+def saved_in_run(path: str, kind: str, flag: str) -> str:
     """Returns ``path`` or, if it is the folder of a run, the folder of the model of this kind that the run saved."""
     config_file.check_local(flag, path)
     folder = pathlib.Path(path)

@@ -323,10 +323,11 @@ def check_stage(settings: Any) -> None:
     require(limit is None or 0 <= limit <= 1, settings, "data.max_dropped", "between 0 and 1")
     size = _found(settings, "data.vocab_size")
     require(size is None or size >= 260, settings, "data.vocab_size", "at least 260 (256 bytes and 4 special tokens)")
-    if isinstance(settings, StageSettings):
-        require_divides(settings, "micro_batches", settings.batch, f"--batch {settings.batch}")
+    if isinstance(settings, Optimizer):
         unused = {"adafactor": ("b1", "b2", "epsilon"), "lion": ("epsilon",)}.get(settings.optimizer, ())
         refuse_changed(settings, Optimizer(), [(unused, f"with --optimizer {settings.optimizer}")])
+    if isinstance(settings, StageSettings):
+        require_divides(settings, "micro_batches", settings.batch, f"--batch {settings.batch}")
         if settings.lora.rank is None:
             refuse_changed(settings, dataclasses.replace(settings, lora=Lora()), [(("lora",), "without --lora.rank")])
         require(not (settings.steps and settings.epochs != 1), settings, "epochs", "left out with --steps")

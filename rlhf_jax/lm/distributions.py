@@ -105,13 +105,17 @@ def token_kl(
     mask_BL: jax.Array | None = None,
     segments_BL: jax.Array | None = None,
     prompt_width: int | None = None,
+    other_tokens_BL: jax.Array | None = None,
+    other_mask_BL: jax.Array | None = None,
+    other_prompt_width: int | None = None,
     temperature: jax.Array | float = 1.0,
     chunk: int | None = None,
 ) -> jax.Array:
     """Returns the exact KL(first model || other model), in nats, between the distributions that predict each token.
 
     For example, the two models are policy and reference for the KL of a rollout, or teacher and student for
-    distillation. Gradients flow to the parameters of both.
+    distillation. Gradients flow to the parameters of both. In context distillation, the other model reads the same
+    response after another prompt (``other_tokens_BL``).
 
     >>> import jax, jax.numpy as jnp
     >>> from rlhf_jax import lm
@@ -129,6 +133,10 @@ def token_kl(
         mask_BL: bool, True at real tokens; by default, as in `lm.token_map`.
         segments_BL: int32 segment ids of packed rows, counted from 1; 0 at padding.
         prompt_width: Width P of the prompt; the result then covers only the response, ``[B,T]``.
+        other_tokens_BL: int32 tokens that the other model reads, with the same response after a prompt of width
+            ``other_prompt_width``; by default ``tokens_BL``. It requires ``prompt_width``.
+        other_mask_BL: bool, True at the real tokens of ``other_tokens_BL``; None if all are real.
+        other_prompt_width: Width of the other model's prompt.
         temperature: Positive divisor of the logits of both models.
         chunk: Number of columns for which logits are computed at a time; by default, as in `lm.token_map`.
 
@@ -137,11 +145,21 @@ def token_kl(
         sequence.
 
     Raises:
-        ValueError: The vocabularies differ in size.
+        ValueError: The vocabularies or the responses differ in size, or ``other_tokens_BL`` is given without both
+            widths.
     """
     masks = (mask_BL, segments_BL, prompt_width)
     hidden, apply = alignment.hidden_states(params, tokens_BL, cfg, *masks)
-    other_hidden, other_apply = alignment.hidden_states(other_params, tokens_BL, other_cfg or cfg, *masks)
+    if other_tokens_BL is not None:
+        if prompt_width is None or other_prompt_width is None:
+            raise ValueError("other_tokens_BL requires prompt_width and other_prompt_width")
+        masks = (other_mask_BL, None, other_prompt_width)
+    other_tokens_BL = tokens_BL if other_tokens_BL is None else other_tokens_BL
+    other_hidden, other_apply = alignment.hidden_states(other_params, other_tokens_BL, other_cfg or cfg, *masks)
+    if hidden.shape[1] != other_hidden.shape[1]:
+        raise ValueError(
+            f"the responses have {hidden.shape[1]} and {other_hidden.shape[1]} columns; they must be equal"
+        )
 
     def divergence(hidden: jax.Array, other_hidden: jax.Array) -> jax.Array:
         logits, other_logits = apply.logits(params, hidden), other_apply.logits(other_params, other_hidden)

@@ -10,6 +10,7 @@ STAGES = {
     "pretrain": "Pretraining",
     "sft": "Supervised fine-tuning",
     "sft_mix": "Supervised fine-tuning",
+    "distill": "Distillation",
     "reward_model": "Reward model",
     "ppo": "Reinforcement learning",
     "ppo_ptx": "Reinforcement learning",

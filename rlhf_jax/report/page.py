@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rlhf_jax.checkpoint import atomic
-from rlhf_jax.report import plots, reward_plots
+from rlhf_jax.report import distillation_plots, plots, reward_plots
 from rlhf_jax.report import results as results_lib
 from rlhf_jax.report.metric_display import METRICS, STAGES
 
@@ -82,6 +82,7 @@ def render(
 
     sections = [
         Section("Comparison with the baseline", _comparison(results)),
+        Section("Distillation", _distillation(results), distillation_plots.rows(results)),
         Section("Preference", _preference(results) + _categories(results)),
         Section("Reward model", _calibration(results) + _reward_model(results), reward_model_rows(results)),
         Section("Reward and KL", _frontiers(results, metrics)),
@@ -133,7 +134,10 @@ def table(results: Mapping[str, Any], columns: Sequence[results_lib.Column]) -> 
 
 
 def _table_note(results: Mapping[str, Any]) -> str:
-    note = "The second line of a cell is the 95 % interval. The KL is measured from "
+    note = "The second line of a cell is the 95 % interval."
+    if results.get("distillation"):
+        return note
+    note += " The KL is measured from "
     if (reference := results.get("reference")) is not None:
         return f"{note}{results_lib.label(str(reference))}."
     note += "SFT-mix, the policy before RL or direct preference optimisation."
@@ -184,6 +188,23 @@ def _comparison(results: Mapping[str, Any]) -> list[Figure]:
     return _figures(
         (wins, "Win rates", f"Share of answers that {judge} prefers to the baseline's. A tie counts as one half."),
         (score, "Scores", f"Mean score of the answers under {judge}. The dashed line marks the baseline."),
+    )
+
+
+def _distillation(results: Mapping[str, Any]) -> list[Figure]:
+    if not (found := results.get("distillation")):
+        return []
+    exact = "exact over the vocabulary, on the answers of the teacher"
+    kl = f"over {found['classes']} classes, on held-out rows" if found.get("classes") else exact
+    gold = plots.by_policy(results, "gold", xlabel="Gold utility", against="prompted_teacher")
+    return _figures(
+        (
+            distillation_plots.kl_before_and_after(found),
+            "KL from the teacher",
+            f"Mean KL per token, {kl}. The teacher has read its prompt, if it has one; the student has not. Lines are "
+            "95 % intervals.",
+        ),
+        (gold, "Gold utility", "The dashed line marks the teacher with its prompt."),
     )
 
 

@@ -292,7 +292,17 @@ def headlines(results: Mapping[str, Any]) -> list[str]:
 
     If there are more than `MOST_HEADLINES`, only the best policy of each judge has a sentence.
     """
-    return _against_baseline(results) or [_main_result(results)]
+    return _against_baseline(results) or [_distilled(results) or _main_result(results)]
+
+
+def _distilled(results: Mapping[str, Any]) -> str:
+    """Returns a sentence about the KL from the teacher; "" without held-out rows or another kind of run."""
+    found = results.get("distillation") or {}
+    before, after = (finite(found.get(name)) for name in ("kl_before", "kl_after"))
+    if before is None or after is None:
+        return ""
+    numbers = (format_number(each.mean, digits=3) for each in (before, after))
+    return "Distillation changes the KL from the teacher to the student from {} to {} nats per token.".format(*numbers)
 
 
 def _main_result(results: Mapping[str, Any]) -> str:

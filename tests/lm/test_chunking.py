@@ -262,3 +262,34 @@ def test_kl_between_models_of_different_sizes():
     whole = kl.full(lm.logits(model(), hidden, cfg=CFG), lm.logits(other, other_hidden, cfg=small))
     np.testing.assert_allclose(got[0, 1:], whole[0, :-1], atol=1e-5)
     assert bool(mask[0].all())
+
+
+def test_kl_between_models_that_read_a_response_after_different_prompts():
+    tokens = rows()[0] % V
+    response, prompts = tokens[:, 3:], (tokens[:, :3], jnp.concatenate([tokens[:, 2:4], tokens[:, :3]], axis=1))
+    other = lm.init(jax.random.key(4), CFG)
+    first, second = (jnp.concatenate([each, response], axis=1) for each in prompts)
+    real = jnp.ones(second.shape, bool).at[0, :2].set(False).at[1, -1].set(False)
+    got = lm.token_kl(
+        *(model(), other, first),
+        cfg=CFG,
+        mask_BL=real[:, 2:],
+        prompt_width=3,
+        other_tokens_BL=second,
+        other_mask_BL=real,
+        other_prompt_width=5,
+        chunk=3,
+    )
+    assert got.shape == response.shape and float(got[1, -1]) == 0
+    for row in range(len(tokens)):
+        logits = []
+        for params, ids, width in ((model(), first[row], 3), (other, second[row][real[row, :]], None)):
+            ids = ids[real[row, 2:]] if width else ids
+            hidden = lm.forward(params, ids[None], cfg=CFG).hidden_BLD
+            T = int(real[row, 5:].sum())
+            logits.append(lm.logits(params, hidden, cfg=CFG)[0, len(ids) - T - 1 : len(ids) - 1])
+        np.testing.assert_allclose(got[row, : len(logits[0])], kl.full(*logits), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="requires prompt_width and other_prompt_width"):
+        lm.token_kl(model(), other, first, cfg=CFG, other_tokens_BL=second)
+    with pytest.raises(ValueError, match="they must be equal"):
+        lm.token_kl(*(model(), other, first), cfg=CFG, prompt_width=3, other_tokens_BL=second, other_prompt_width=4)

@@ -1,0 +1,330 @@
+"""distill.py with models and data of the user's own, on tiny models."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import distill
+import jax
+import jax.numpy as jnp
+import launch
+import numpy as np
+import pytest
+from distillation import distill_rows, teacher_stage
+from launch import initial_model
+from launch.run_settings import SettingError
+
+from rlhf_jax import lm, losses, metrics, types
+from rlhf_jax.data import chat, dialogues, errors, tokenizers
+
+pytest.importorskip("array_record")
+EXPERIMENTS = pathlib.Path(launch.__path__[0]).parent
+WORDS = ("tea", "milk", "bread", "salt", "rice", "fish", "corn", "plum")
+PROMPT = "Always say milk."
+SHORT = ("--batch", 8, "--k", 6, "--data.held-out", 0.1)
+
+
+def save_model(folder, fmt, seed, **sizes):
+    cfg = lm.LMConfig.preset("tiny", vocab_size=len(fmt.tokenizer), n_layers=1, d_model=32, n_heads=2, **sizes)
+    lm.save(folder, cfg, lm.init(jax.random.key(seed), cfg), tokenizer=fmt.tokenizer, stop_ids=fmt.stop_ids)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """A folder with dialogues, pretraining text, a student, a teacher with more layers, and one of another family."""
+    folder = tmp_path_factory.mktemp("given")
+    records = [
+        {
+            "messages": [
+                {"role": "user", "content": f"Do you like {a} and {b}?"},
+                {"role": "assistant", "content": f"I like {b}."},
+            ]
+        }
+        for a in WORDS
+        for b in WORDS
+    ]
+    (folder / "dialogues.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (folder / "text.txt").write_text(
+        "\n\n".join(f"The {a} is next to the {b}, it seems, as always." for a in WORDS for b in WORDS)
+    )
+    texts = [f"User: Do you like {word}?\nAssistant: I like it. {PROMPT} The next" for word in WORDS]
+    fmt = chat.chat_format(tokenizers.train_bpe(texts, vocab_size=300))
+    save_model(folder / "student", fmt, 0, d_mlp=32)
+    save_model(folder / "teacher", fmt, 1, d_mlp=64)
+    other = chat.chat_format(tokenizers.train_bpe(["something else entirely " * 3], vocab_size=290))
+    save_model(folder / "stranger", other, 2, d_mlp=32)
+    return folder
+
+
+def flags(given, *names, **changed):
+    """Returns the command line for the files of `given`."""
+    known: dict[str, Any] = {
+        "model": given / "student",
+        "teacher": given / "teacher",
+        "prompt": PROMPT,
+        "data.path": given / "dialogues.jsonl",
+        "data.pretraining": given / "text.txt",
+    }
+    return [str(x) for name in names for x in (f"--{name}", changed.get(name, known[name]))]
+
+
+def parsed(given, *names, extra=(), **changed):
+    return distill.parse([*flags(given, *names, **changed), *map(str, extra)])
+
+
+def train(out, arguments, *extra):
+    distill.main([*arguments, *map(str, (*SHORT, *extra)), "--out", str(out)])
+    return json.loads((out / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def prompted_run(given, tmp_path_factory):
+    out = tmp_path_factory.mktemp("prompted") / "run"
+    arguments = flags(given, "model", "prompt", "data.path", "data.pretraining")
+    train(out, arguments, "--epochs", 3, "--learning-rate", 3e-3)
+    return out
+
+
+def test_context_distillation_lowers_the_held_out_kl_and_saves_a_model(prompted_run):
+    results = json.loads((prompted_run / "results.json").read_text())
+    found = results["distillation"]
+    assert 0 < found["kl_after"][0] < found["kl_before"][0] and found["classes"] == 7
+    share = 1 - found["kl_after"][0] / found["kl_before"][0]
+    assert found["share_removed"][0] == pytest.approx(share, rel=1e-6) and share > 0.2
+    assert results["rows"] == {"training": 116, "held_out": 12}, "58 and 6 dialogues, and as many rows of text"
+    assert results["steps"] == 44 and results["clusters"] == {"held-out KL": 12}
+    rates = [row["learning_rate"] for row in metrics.read(prompted_run) if row["stage"] == "distill"]
+    peak = int(np.argmax(rates))
+    np.testing.assert_allclose(np.diff(rates[peak + 1 :]), -3e-3 / 44, rtol=1e-3)
+    text = (prompted_run / "report.html").read_text()
+    assert "KL from the teacher" in text and "<svg" in text
+    assert lm.load(prompted_run / "model")[0].n_layers == 1
+
+
+def test_the_file_has_the_teachers_log_probabilities_after_the_prompt(given, prompted_run):
+    """Each row is compared with a pass of the teacher over the prompt and the row, in float64 from its logits."""
+    model = initial_model.load(str(given / "student"))
+    lessons = teacher_stage.Lessons(prompted_run / teacher_stage.NAME, pad_id=model.fmt.pad_id)
+    prompt = model.fmt.tokenizer.encode(PROMPT, add_special_tokens=False)
+    assert lessons.header["prompt_tokens"] == len(prompt) > 0 and lessons.header["prompt"] == PROMPT
+    batch = lessons.at([0, 60, 115, 120])
+    for row in range(4):
+        n = int(batch.mask_BL[row].sum())
+        ids = jnp.asarray([[*prompt, *batch.tokens_BL[row, :n].tolist()]])
+        hidden = lm.forward(model.params, ids, cfg=model.cfg).hidden_BLD
+        logits = np.asarray(lm.logits(model.params, hidden, cfg=model.cfg), np.float64)[0, len(prompt) - 1 : -1]
+        logprobs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+        best = np.sort(logprobs, axis=-1)[:, ::-1][:, :6]
+        np.testing.assert_allclose(batch.logprobs_BLK[row, :n], best, atol=2e-5)
+        listed = np.take_along_axis(logprobs, batch.ids_BLK[row, :n], axis=-1)
+        np.testing.assert_allclose(batch.logprobs_BLK[row, :n], listed, atol=2e-5)
+        assert batch.loss_mask_BL[row, :n].tolist() == [False] + [True] * (n - 1)
+
+
+def test_half_of_the_rows_are_text_after_the_start_of_a_user_turn(given, prompted_run):
+    fmt = initial_model.load(str(given / "student")).fmt
+    lessons = teacher_stage.Lessons(prompted_run / teacher_stage.NAME, pad_id=fmt.pad_id)
+    shown = [fmt.tokenizer.decode(row[mask]) for row, mask in zip(*_rows(lessons, range(128)))]
+    is_text = ["Do you" not in each for each in shown]
+    assert is_text == [False] * 58 + [True] * 58 + [False] * 6 + [True] * 6
+    start = fmt.tokenizer.decode(distill_rows.user_turn(fmt))
+    assert all(each.startswith(start) and len(start) > 3 for each in shown)
+    texts = [each.removeprefix(start) for each, chosen in zip(shown, is_text) if chosen]
+    assert texts[0].startswith("The ") and " is next to the " in texts[0] + texts[1], "documents are concatenated"
+
+
+def _rows(lessons, indices):
+    batch = lessons.at(indices)
+    return batch.tokens_BL, batch.mask_BL
+
+
+def test_the_loss_of_a_student_that_equals_the_teacher_and_reads_the_prompt_is_0(given):
+    model = initial_model.load(str(given / "student"))
+    tokens = np.arange(24, dtype=np.int32).reshape(2, 12) + 5
+    mask = np.arange(12) < np.array([[12], [9]])
+    batch = types.TokenBatch(np.where(mask, tokens, 0), mask, mask)
+    for prompt, keep_first in (([], False), ([7, 8, 9], False), ([7, 8, 9], True)):
+        top = teacher_stage.make_top_k(model.cfg, prompt, k=6, keep_first=keep_first)(model.params, batch)
+        assert top.ids.shape == (2, 12, 6)
+        read, read_mask = teacher_stage.after_prompt(batch, prompt, keep_first=keep_first)
+        assert read[0].tolist()[:4] == ([5, 7, 8, 9] if keep_first else [7, 8, 9, 5] if prompt else [5, 6, 7, 8])
+        C = len(prompt)
+        ids = jnp.pad(top.ids, ((0, 0), (C, 0), (0, 0)))
+        same = lm.token_listed_logprobs(model.params, read, ids, cfg=model.cfg, mask_BL=read_mask)[:, C:]
+        kl = np.asarray(losses.distill(same, top.logprobs))
+        assert np.abs(kl[:, 1:][mask[:, 1:]]).max() < 1e-5
+        alone = lm.token_listed_logprobs(model.params, batch.tokens_BL, top.ids, cfg=model.cfg, mask_BL=mask)
+        apart = np.asarray(losses.distill(alone, top.logprobs))[:, 1:][mask[:, 1:]]
+        assert (apart.max() > 1e-4) == bool(prompt), "the prompt changes the distributions"
+
+
+def test_without_a_prompt_a_copy_of_the_teacher_has_nothing_to_learn(given, tmp_path):
+    arguments = flags(given, "model", "teacher", "data.path", teacher=given / "student")
+    results = train(tmp_path / "run", arguments, "--steps", 2)
+    np.testing.assert_allclose(results["distillation"]["kl_before"], 0, atol=1e-5)
+    losses_ = [row["loss"] for row in metrics.read(tmp_path / "run") if "loss" in row]
+    np.testing.assert_allclose(losses_, 0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def shared_file(given, tmp_path_factory):
+    """The file of a teacher that is larger than the student, and the run that made it."""
+    folder = tmp_path_factory.mktemp("shared")
+    file = folder / "teacher.array_record"
+    arguments = flags(given, "model", "teacher", "prompt", "data.path")
+    train(folder / "run", arguments, "--steps", 2, "--teacher-file", file)
+    return file
+
+
+def test_students_share_the_file_of_a_teacher(given, shared_file, tmp_path):
+    made = shared_file.read_bytes()
+    run = shared_file.parent / "run"
+    assert not (run / teacher_stage.NAME).exists()
+    again = train(tmp_path / "again", flags(given, "model"), "--steps", 2, "--teacher-file", shared_file)
+    first = json.loads((run / "results.json").read_text())
+    assert again["distillation"] == first["distillation"] and again["dropped"] == first["dropped"]
+    assert (tmp_path / "again/model/model.safetensors").read_bytes() == (run / "model/model.safetensors").read_bytes()
+    other = train(
+        tmp_path / "other",
+        flags(given, "model", "prompt", "data.path", model=given / "teacher"),
+        *("--steps", 2, "--teacher-file", shared_file),
+    )
+    assert 0 < other["distillation"]["kl_before"][0] < again["distillation"]["kl_before"][0], "it only lacks the prompt"
+    assert shared_file.read_bytes() == made
+
+
+@pytest.mark.parametrize(
+    ("names", "changed", "extra", "message"),
+    [
+        (("model", "prompt"), {"prompt": "Never say milk."}, (), "was made with another --prompt"),
+        (("model", "teacher"), {"teacher": "student"}, (), "was made with another --teacher"),
+        (("model", "data.path"), {"data.path": "text.txt"}, (), "was made with another --data.path"),
+        (("model", "data.pretraining"), {}, (), "was made with another --data.pretraining"),
+        (("model",), {"model": "stranger"}, (), "was made with another tokenizer than that of --model"),
+        (("model",), {}, ("--k", 7), "was made with --k 6 instead of 7"),
+        (("model",), {}, ("--data.held-out", 0.2), "was made with --data.held-out 0.1 instead of 0.2"),
+        (("model",), {}, ("--data.width", 64), "was made with --data.width 32 instead of 64"),
+    ],
+)
+def test_a_file_that_was_made_from_something_else_is_refused(
+    given, shared_file, tmp_path, names, changed, extra, message
+):
+    changed = {name: given / value if name != "prompt" else value for name, value in changed.items()}
+    settings = parsed(
+        given, *names, extra=(*extra, "--teacher-file", shared_file, "--out", tmp_path / "run"), **changed
+    )
+    with pytest.raises(SettingError, match=f"--teacher-file {shared_file} {message}"):
+        distill.run(settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_flags_that_are_missing_or_have_no_effect_are_named(given, tmp_path):
+    for arguments, message in (
+        (flags(given, "prompt", "data.path"), "--data.path needs --model; add it"),
+        (flags(given, "model", "data.path"), "without --prompt and --teacher, the teacher is the student"),
+        (flags(given, "model", "prompt"), "--data.path is missing"),
+        (flags(given, "model", "prompt", "data.path", model="tiny"), "--model tiny has random weights; give --teacher"),
+        ([*flags(given, "model", "prompt", "data.path"), "--mix", "0.2"], "--mix has no effect without --data.pretr"),
+        ([*flags(given, "model", "prompt", "data.path"), "--k", "0"], "--k is 0; it must be at least 1"),
+        (
+            [*flags(given, "model", "prompt", "data.path", "data.pretraining"), "--mix", "0"],
+            "--data.pretraining has no",
+        ),
+        ([*flags(given, "model", "prompt", "data.path"), "--prompt", ""], "--prompt is empty"),
+    ):
+        with pytest.raises(SettingError) as caught:
+            distill.parse(arguments)
+        assert str(caught.value).startswith(message)
+
+
+def test_models_with_different_tokenizers_and_sizes_that_do_not_fit_are_refused(given, tmp_path):
+    out = ("--out", tmp_path / "run")
+    for names, changed, extra, message in (
+        (("model", "teacher", "data.path"), {"teacher": given / "stranger"}, (), "have different tokenizers"),
+        (("model", "prompt", "data.path"), {}, ("--k", 4000), r"--k is 4000; it must be at most \d+, the size"),
+        (("model", "prompt", "data.path"), {}, ("--data.width", 99999), "--data.width is 99999; it must be at most"),
+        (("model", "prompt", "data.path"), {"prompt": "milk " * 9000}, (), "--prompt has .* tokens, which leave no"),
+    ):
+        with pytest.raises((SettingError, errors.DataError), match=message):
+            distill.run(parsed(given, *names, extra=(*extra, *out), **changed))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_prompt_is_read_from_a_file(given, tmp_path):
+    (tmp_path / "prompt.txt").write_text("User: Hi\n")
+    settings = parsed(given, "model", "prompt", "data.path", prompt=tmp_path / "prompt.txt")
+    assert settings.prompt == "User: Hi\n"
+
+
+def test_a_new_student_gets_the_tokenizer_of_the_teacher(given, tmp_path):
+    arguments = flags(given, "model", "teacher", "data.path", model="tiny")
+    results = train(tmp_path / "run", arguments, "--steps", 30, "--data.held-out", 0)
+    assert results["distillation"]["kl_before"] is None and results["rows"]["held_out"] == 0
+    found = [row["loss"] for row in metrics.read(tmp_path / "run") if "loss" in row]
+    assert np.mean(found[-5:]) < 0.7 * found[0]
+    cfg, _ = lm.load(tmp_path / "run" / "model")
+    assert cfg.vocab_size == lm.load(given / "teacher")[0].vocab_size and cfg.n_layers == 2
+
+
+def test_adapters_are_merged_and_micro_batches_do_not_change_the_losses(given, tmp_path):
+    arguments = flags(given, "model", "prompt", "data.path")
+    found = {}
+    for parts in (1, 2):
+        train(tmp_path / str(parts), arguments, "--steps", 3, "--lora.rank", 2, "--micro-batches", parts)
+        found[parts] = [row["loss"] for row in metrics.read(tmp_path / str(parts)) if "loss" in row]
+    np.testing.assert_allclose(found[1], found[2], rtol=1e-4)
+    assert lm.load(tmp_path / "1" / "model")[0].n_layers == 1
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {experiments!r})
+import distill
+from rlhf_jax import metrics
+from rlhf_jax.data.stores import teacher_rows
+encode, write, calls = teacher_rows.encode, metrics.MetricLog.write, []
+def kill_in_the_teacher(batch):
+    calls.append(0)
+    if {where!r} == "teacher" and len(calls) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return encode(batch)
+def kill_in_training(self, stage, step, values):
+    if {where!r} == "distill" and stage == "distill" and step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(self, stage, step, values)
+teacher_rows.encode, metrics.MetricLog.write = kill_in_the_teacher, kill_in_training
+distill.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("where", ["teacher", pytest.param("distill", marks=pytest.mark.slow)])
+def test_a_killed_run_resumes_with_the_same_file_and_student(given, tmp_path, where):
+    arguments = [*flags(given, "model", "prompt", "data.path"), *map(str, (*SHORT, "--steps", 7))]
+    program = KILLED.format(experiments=str(EXPERIMENTS), where=where)
+    killed = subprocess.run(
+        [sys.executable, "-c", program, *arguments, "--out", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(EXPERIMENTS.parent), str(EXPERIMENTS)])},
+    )
+    assert killed.returncode == -9, killed.stderr[-3000:]
+    assert (tmp_path / "run" / f"{teacher_stage.NAME}.parts").exists() == (where == "teacher")
+    distill.main(["--resume", str(tmp_path / "run")])
+    distill.main([*arguments, "--out", str(tmp_path / "whole")])
+    for name in (teacher_stage.NAME, "model/model.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    first, second = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("run", "whole"))
+    assert first["distillation"] == second["distillation"]
+
+
+def test_a_dialogue_keeps_its_question_and_its_answer(given):
+    fmt = initial_model.load(str(given / "student")).fmt
+    settings = parsed(given, "model", "prompt", "data.path")
+    made = distill_rows.make(settings, fmt, errors.DropCount(), jax.random.key(0), max_width=64)
+    turns = [dialogues.Turn("user", "Do you like tea and salt?"), dialogues.Turn("assistant", "I like salt.")]
+    assert chat.encode_dialogue(fmt, turns)[0] in made.rows.ids and not made.notes and not made.remark
+    assert max(map(len, made.rows.ids)) <= made.width <= 64 and made.rows.n_train + len(made.rows.clusters) == 64
