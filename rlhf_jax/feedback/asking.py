@@ -47,7 +47,7 @@ class Asker(Generic[A]):
             batch: Number of questions in a call of ``ask``.
 
         Raises:
-            ValueError: A limit is invalid.
+            ValueError: A limit is invalid, or the file has answers of another kind.
         """
         if batch < 1 or min(max_questions or 0, max_tokens or 0) < 0:
             raise ValueError(f"invalid batch {batch}, max_questions {max_questions} or max_tokens {max_tokens}")
@@ -126,5 +126,7 @@ def _read(path: str | os.PathLike[str] | None, kind: type[A]) -> dict[str, A]:
         for line in pathlib.Path(path).read_text(encoding="utf-8").splitlines():
             record: dict[str, Any] = json.loads(line)
             key = record.pop("key")
+            if record.keys() != set(kind._fields):  # pyright: ignore[reportAttributeAccessIssue]
+                raise ValueError(f"{os.fspath(path)} has answers of another kind; choose another file")
             found[key] = kind(**record)
     return found

@@ -28,7 +28,8 @@ CRITIQUES = {
 NO_CRITIQUE = "the answer is good ."
 _REQUEST = re.compile(
     r"Conversation:\n(?P<prompt>.*?)\n\nReply:\n(?P<reply>.*?)\n\n"
-    r"(?:Critique request: [^\n]*\n\nCritique:(?: (?P<critique>[^\n]*)\n\n)?)?(?P<revise>Revision request: [^\n]*\n\n)?",
+    r"(?:Critique request: [^\n]*\n\nCritique:(?: (?P<critique>[^\n]*)\n\n)?)?"
+    r"(?P<revise>Revision request: [^\n]*\n\n)?",
     re.DOTALL,
 )
 
