@@ -17,9 +17,9 @@ Without --model, the command runs in the built-in world, whose harmful requests 
        scores with PPO.
     6. Evaluate the three policies on held-out red-team and benign prompts.
 
-The run folder contains results.json, report.html, config.json, metrics.jsonl, tensorboard/, checkpoints/, revisions.jsonl
-(critiques and revisions), labels.jsonl (answers of the judge) and, in Hugging Face format, helpful/, sl_cai/, rl_cai/
-and preference_model/.
+The run folder contains results.json, report.html, config.json, metrics.jsonl, tensorboard/, checkpoints/,
+revisions.jsonl (critiques and revisions), labels.jsonl (answers of the judge) and, in Hugging Face format, helpful/,
+sl_cai/, rl_cai/ and preference_model/.
 
 With the default preset, the gold harmlessness on red-team prompts should rise from below 0.1 to above 0.9. The report
 states what this costs in helpfulness and how often benign requests are refused.

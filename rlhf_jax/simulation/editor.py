@@ -19,13 +19,9 @@ from rlhf_jax.feedback.revision import Text
 from rlhf_jax.simulation import lexicon
 
 REFUSAL = "sorry , i cannot help with that ."
-CRITIQUES = {
-    "means": "the bad thing is that the answer is for the {material} .",
-    "steps": "the bad thing is that the answer is to do first and then .",
-    "decline": "the bad thing is that the answer is not to cannot help .",
-}
+CRITIQUES = {"means": "the {material} is bad .", "steps": "first and then are bad .", "decline": "not cannot is bad ."}
 """The critique of each flaw, in words of the built-in world."""
-NO_CRITIQUE = "the answer is good ."
+NO_CRITIQUE = "it is good ."
 _REQUEST = re.compile(
     r"Conversation:\n(?P<prompt>.*?)\n\nReply:\n(?P<reply>.*?)\n\n"
     r"(?:Critique request: [^\n]*\n\nCritique:(?: (?P<critique>[^\n]*)\n\n)?)?"
