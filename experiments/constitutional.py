@@ -4,6 +4,8 @@
     python experiments/constitutional.py --preset smoke            all stages in a minute, too short to learn much
     python experiments/constitutional.py --judge.labels hard       train on the judge's choices, not its probabilities
     python experiments/constitutional.py --resume runs/NAME        resume an interrupted run
+    python experiments/constitutional.py --model MODEL --data.path FILE --judge JUDGE
+                                                                   demonstrations and comparisons for your own model
 
 Without --model, the command runs in the built-in world, whose harmful requests are the red-team prompts:
 
@@ -29,12 +31,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from constitution import constitution_settings
+from constitution import constitution_settings, own_settings
 from launch import command_line, process_setup, setting_checks
 
 
 def parse(arguments: list[str]) -> Any:
     """Parses the command line; raises SettingError for invalid settings."""
+    if own_settings.is_own(arguments):
+        own = own_settings.OwnConstitutionalSettings
+        return command_line.parse_stage(own, arguments, doc=own_settings.OWN, check=own_settings.check)
     settings = command_line.parse(
         constitution_settings.ConstitutionalSettings,
         arguments,
@@ -51,7 +56,7 @@ if __name__ == "__main__":
     process_setup.use_huge_pages()
 
 import numpy as np
-from constitution import ai_stages, harm_evaluation, red_team
+from constitution import ai_stages, harm_evaluation, own_run, red_team
 from launch import entry_point, run_folder
 from recipe import comparison_data, evaluation, jobs, monitoring, precompile, reward_diagnosis, run_setup, stages
 from rich.console import Console
@@ -69,6 +74,8 @@ STAGES = (
 
 def run(settings: Any) -> dict[str, Any]:
     """Runs all stages and returns the contents of results.json."""
+    if isinstance(settings, own_settings.OwnConstitutionalSettings):
+        return own_run.run(settings)
     out = Console()
     if settings.resume and (finished := run_folder.finished_results(settings.resume)):
         run_setup.print_line(out, f"{settings.resume} is already finished; there is nothing to run")

@@ -100,9 +100,9 @@ CLAIM = Claim(
     "principles does not matter.",
     published="figures only: scores of preference models for 0 to 4 revisions, 1 to 16 principles, and 0.8B to 52B "
     "parameters",
-    differs="Editors have up to 0.3 million parameters and learn from flawless revisions by a simulated editor, instead "
-    "of being prompted. Principles are wordings of the same request. Gold utilities replace the scores of preference "
-    "models.",
+    differs="Editors have up to 0.3 million parameters and learn from flawless revisions by a simulated editor, while "
+    "the paper prompts its models. Principles are wordings of the same request. Gold utilities replace the scores of "
+    "preference models.",
     measure=measure,
     decide=decide,
     plot=plot,
