@@ -147,7 +147,7 @@ def _encode(
 
 
 def soft_label(ranking: records.Ranking) -> float | None:
-    """Returns the probability that the chosen answer of a pair is better: its field ``preference``, if it is a fraction.
+    """Returns the probability that the chosen answer of a pair is better, its field ``preference`` if that is a float.
 
     Values of other types, such as the name of an answer, are no probabilities.
 
@@ -159,8 +159,8 @@ def soft_label(ranking: records.Ranking) -> float | None:
         return None
     if found < 0.5:
         raise errors.DataError(
-            f"{ranking.location}: 'preference' is {found:g}; it is the probability that the chosen answer is better and "
-            "must be at least 0.5: exchange the answers"
+            f"{ranking.location}: 'preference' is {found:g}; the probability that the chosen answer is better must be "
+            "at least 0.5: exchange the answers"
         )
     return found
 
