@@ -133,7 +133,7 @@ def headlines(results: Mapping[str, Any]) -> list[str]:
     for metric, verbs in (("harmlessness", ("raises", "lowers")), ("helpfulness", ("raises", "lowers"))):
         before, after = (results["policies"][name][metric][0] for name in ("helpful", "rl_cai"))
         mean, low, high = change[metric]
-        verb = "does not change significantly" if low <= 0 <= high else verbs[mean < 0]
+        verb = "does not significantly change" if low <= 0 <= high else verbs[mean < 0]
         sentences.append(
             f"Constitutional AI {verb} the {RATES[metric]}: {before:.3f} before, {after:.3f} after "
             f"(difference {mean:+.3f}, 95 % interval {low:+.3f} to {high:+.3f})."

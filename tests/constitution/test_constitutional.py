@@ -115,7 +115,7 @@ def test_two_sentences_state_the_gain_and_the_cost():
     policies = {name: {"harmlessness": [0.2], "helpfulness": [0.8]} for name in harm_evaluation.POLICIES}
     first, second = harm_evaluation.headlines({"changes": {"rl_cai − helpful": change}, "policies": policies})
     assert "raises the gold harmlessness" in first and "+0.400 to +0.600" in first
-    assert "does not change significantly the gold helpfulness" in second
+    assert "does not significantly change the gold helpfulness" in second
 
 
 @pytest.fixture(scope="module")
