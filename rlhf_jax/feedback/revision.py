@@ -77,7 +77,17 @@ def critique_request(prompt: str, response: str, principle: Principle) -> str:
 
 
 def revision_request(prompt: str, response: str, principle: Principle, *, critique: str | None = None) -> str:
-    """Returns a request for a revision, which ends where the revision follows; without a critique if it is None."""
+    """Returns a request for a revision (Bai et al. 2022, Constitutional AI, section 3.1).
+
+    Args:
+        prompt: The prompt.
+        response: The response to revise.
+        principle: The principle.
+        critique: The critique that the request follows; None to ask for the revision at once.
+
+    Returns:
+        The request, which ends where the revision follows.
+    """
     if critique is None:
         before = f"Conversation:\n{prompt}\n\nReply:\n{response}"
     else:
@@ -95,9 +105,16 @@ def shown(example: RevisionExample, *, critique: bool, revision: bool) -> str:
 
 
 def sampled_principles(n: int, *, rounds: int, principles: int, seed: int) -> np.ndarray:
-    """Returns the index of a random principle for each response and round, ``[N, rounds]``.
+    """Samples a principle for each response and round.
 
-    Those of the first responses do not depend on n.
+    Args:
+        n: Number of responses.
+        rounds: Number of rounds.
+        principles: Number of principles.
+        seed: Seed of the samples.
+
+    Returns:
+        Indices of principles, ``[n, rounds]``; those of the first responses do not depend on n.
     """
     return np.random.default_rng([seed, rounds]).integers(principles, size=(n, rounds))
 
