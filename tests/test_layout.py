@@ -28,7 +28,7 @@ EXPERIMENTS = (
     ("sweeps",),
     ("preferences", "planning", "fault_injection", "benchmarks", "online"),
     ("finetune",),
-    ("judging", "distillation"),
+    ("judging", "distillation", "constitution"),
 )
 COMMANDS_OF_A_STAGE = {"dpo", "ppo", "reward_model", "sft"}
 """Commands that may share their name with the module of `rlhf_jax.train` that they run."""

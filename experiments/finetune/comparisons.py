@@ -124,6 +124,11 @@ def _encode(
     rows, kept = encoding.encode_rankings(
         fmt, rankings, prompt_width=P, response_width=T, counts=found, max_answers=max_answers
     )
+    soft = [soft_label(rankings[i]) for i in kept]
+    if any(each is not None for each in soft):
+        target_B = np.array([1.0 if each is None else each for each in soft], np.float32)
+        labelled: Any = rows
+        rows = labelled.replace(loss_inputs={"target": target_B})
     ranks_BK, where_BK = np.asarray(rows.ranks_BK), np.asarray(rows.where_BK)
     differ_B = np.array([len(set(ranks[where])) > 1 for ranks, where in zip(ranks_BK, where_BK)], bool)
     if differ_B.any():
@@ -139,6 +144,25 @@ def _encode(
     kept = kept[differ_B]
     turn_B = np.array([sum(turn.role == "user" for turn in rankings[i].prompt) for i in kept])
     return Encoded(rows, conversation_N[kept], turn_B)
+
+
+def soft_label(ranking: records.Ranking) -> float | None:
+    """Returns the probability that the chosen answer of a pair is better, its field ``preference`` if that is a float.
+
+    Values of other types, such as the name of an answer, are no probabilities.
+
+    Raises:
+        DataError: The probability is below 0.5.
+    """
+    found = ranking.metadata.get("preference")
+    if len(ranking.responses) != 2 or not isinstance(found, float) or not 0 <= found <= 1:
+        return None
+    if found < 0.5:
+        raise errors.DataError(
+            f"{ranking.location}: 'preference' is {found:g}; the probability that the chosen answer is better must be "
+            "at least 0.5: exchange the answers"
+        )
+    return found
 
 
 def measure(fmt: chat.ChatFormat, rankings: Sequence[records.Ranking]) -> tuple[np.ndarray, np.ndarray]:

@@ -54,7 +54,10 @@ def _prepare(settings: OwnDPOSettings, mesh: Any, counts: errors.DropCount) -> s
         (STAGE, (6.0 if settings.paired else 4.0) * trained),
         ("evaluate", 4.0 * len(held_out)),
     ]
-    return stage_run.Prepared(model, (data, pairs, held_out, rows), data.sizes, stages, notes=data.notes)
+    notes = data.notes
+    if data.train.rows.loss_inputs is not None:
+        notes += ("the soft labels in the field 'preference' are not used: the chosen answers count as better",)
+    return stage_run.Prepared(model, (data, pairs, held_out, rows), data.sizes, stages, notes=notes)
 
 
 def _train(

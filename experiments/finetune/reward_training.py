@@ -50,6 +50,8 @@ def _prepare(settings: OwnRewardSettings, mesh: Any, counts: errors.DropCount) -
     model, data = comparisons.load(settings, mesh, counts)
     train = data.train.take(settings.training.limit)
     rows = train.rows
+    if rows.loss_inputs is not None:
+        _check_soft_labels(settings)
     if settings.training.loss == "pairs":
         rows = comparison_transforms.split_into_pairs(rows)
     trained = training.rows_trained(settings, len(rows.ranks_BK), mesh)
@@ -61,6 +63,15 @@ def _prepare(settings: OwnRewardSettings, mesh: Any, counts: errors.DropCount) -
         ("evaluate", held_out + most + normalised[settings.training.normalise]),
     ]
     return stage_run.Prepared(model, (data, train, rows), data.sizes, stages, notes=data.notes)
+
+
+def _check_soft_labels(settings: OwnRewardSettings) -> None:
+    """Raises SettingError for settings with which the soft labels of a file cannot be used."""
+    soft = "--data.path has soft labels in its field 'preference'"
+    if settings.training.loss in ("plackett-luce", "best"):
+        raise SettingError(f"--training.loss {settings.training.loss}: {soft}, which only ranking and pairs can use")
+    if settings.training.label_smoothing:
+        raise SettingError(f"--training.label-smoothing has no effect: {soft}; leave it out")
 
 
 def _train(

@@ -1,4 +1,4 @@
-"""Preference labels: from a language model as judge."""
+"""Feedback of a language model: preference labels, and critiques and revisions of responses."""
 
 from rlhf_jax.feedback.judge import (
     Answer,
@@ -11,15 +11,38 @@ from rlhf_jax.feedback.judge import (
     label,
     question,
 )
+from rlhf_jax.feedback.model_writer import ModelWriter
+from rlhf_jax.feedback.principles import HARMLESSNESS, Principle
+from rlhf_jax.feedback.revision import (
+    Revised,
+    RevisionExample,
+    Revisions,
+    Text,
+    critique_request,
+    revise,
+    revision_request,
+    sampled_principles,
+)
 
 __all__ = [
+    "HARMLESSNESS",
     "Answer",
     "Example",
     "Judge",
     "Labels",
     "ModelJudge",
+    "ModelWriter",
     "Pair",
+    "Principle",
+    "Revised",
+    "RevisionExample",
+    "Revisions",
+    "Text",
     "agreement",
+    "critique_request",
     "label",
     "question",
+    "revise",
+    "revision_request",
+    "sampled_principles",
 ]

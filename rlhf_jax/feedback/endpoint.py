@@ -1,4 +1,4 @@
-"""A judge behind an HTTP interface of OpenAI's form (``/chat/completions`` with log-probabilities).
+"""A model behind an HTTP interface of OpenAI's form, ``/chat/completions``; as a judge, with log-probabilities.
 
 It needs the packages httpx and tenacity: ``pip install 'rlhf_jax[feedback]'``.
 """
@@ -8,14 +8,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import numpy as np
 import tenacity
 
 from rlhf_jax.feedback.judge import Answer, choice_probability
+from rlhf_jax.feedback.revision import Text
 
+A = TypeVar("A")
 THINK = "Think about both replies step by step. Do not name the better one yet."
 
 
@@ -24,7 +26,7 @@ class RefusedError(RuntimeError):
 
 
 class Endpoint:
-    """Answers questions by requests to a server, several at a time.
+    """Answers questions and writes texts by requests to a server, several at a time.
 
     Failures of the connection, timeouts, the statuses 408, 429 and 5xx, and replies that are no completion are tried
     again, after growing pauses. After the last attempt, the question is answered with the error.
@@ -70,8 +72,28 @@ class Endpoint:
 
     def __call__(self, questions: Sequence[str]) -> Iterator[tuple[int, Answer | Exception]]:
         """Yields the answers as they arrive."""
+        return self._run(self._answer, questions)
+
+    def generate(
+        self, requests: Sequence[str], *, max_tokens: int = 512, temperature: float = 1.0
+    ) -> Iterator[tuple[int, Text | Exception]]:
+        """Yields the texts that the model writes, as they arrive, for `feedback.revise`.
+
+        Failures are tried again, as for questions. Include ``max_tokens`` and ``temperature``, if they are changed, in
+        the name that is passed to `feedback.revise`.
+        """
+
+        def write(text: str) -> Text:
+            messages = [{"role": "user", "content": text}]
+            fields = {"messages": messages, "max_tokens": max_tokens, "temperature": temperature}
+            return Text(*self._retrying(self._post, fields, _content))
+
+        return self._run(write, requests)
+
+    def _run(self, answer: Callable[[str], A], texts: Sequence[str]) -> Iterator[tuple[int, A | Exception]]:
+        """Yields what ``answer`` returns for each text, or its error, several at a time."""
         with futures.ThreadPoolExecutor(self._concurrency) as pool:
-            running = {pool.submit(self._answer, text): i for i, text in enumerate(questions)}
+            running = {pool.submit(answer, text): i for i, text in enumerate(texts)}
             try:
                 for each in futures.as_completed(running):
                     error = each.exception()
@@ -108,7 +130,18 @@ class Endpoint:
             content = response.json()
             return read(content["choices"][0]), int((content.get("usage") or {}).get("total_tokens", 0))
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise RefusedError("the reply is not a completion with log-probabilities") from error
+            raise RefusedError(f"the reply is not {_EXPECTED[read is _probability]}") from error
+
+
+_EXPECTED = "a completion", "a completion with log-probabilities"
+
+
+def _content(choice: Any) -> str:
+    """Returns the text of a completion."""
+    content = choice["message"]["content"]
+    if not isinstance(content, str):
+        raise ValueError("the completion has no text")
+    return content
 
 
 def _probability(choice: Any) -> float | None:

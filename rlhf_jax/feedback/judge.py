@@ -10,21 +10,17 @@ interface. Any other function from questions to answers with a name can be a jud
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import pathlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import numpy as np
 import numpy.typing as npt
 
 from rlhf_jax import lm, types
-from rlhf_jax.checkpoint import atomic
 from rlhf_jax.diagnostics import intervals
+from rlhf_jax.feedback import asking
 
 
 class Pair(NamedTuple):
@@ -111,7 +107,7 @@ def label(
     pairs: Sequence[Pair],
     judge: Judge,
     *,
-    principle: str,
+    principle: str | Sequence[str],
     examples: Sequence[Example] = (),
     clamp: tuple[float, float] = (0.0, 1.0),
     answers: str | os.PathLike[str] | None = None,
@@ -125,7 +121,7 @@ def label(
     Args:
         pairs: Prompts with two responses.
         judge: The judge.
-        principle: Which response is better, in words.
+        principle: Which response is better, in words; one for all pairs, or one for each (Bai et al. sample them).
         examples: Answered questions that are shown before each question.
         clamp: Bounds of the probability of "A", such as (0.4, 0.6) after a chain of thought, which makes judges
             overconfident (Bai et al. 2022, 4.1).
@@ -143,45 +139,39 @@ def label(
     Raises:
         ValueError: A bound, limit or example is invalid.
     """
-    if not 0 <= clamp[0] <= clamp[1] <= 1 or batch < 1 or min(max_questions or 0, max_tokens or 0) < 0:
-        raise ValueError(
-            f"invalid clamp {clamp}, batch {batch}, max_questions {max_questions} or max_tokens {max_tokens}"
-        )
+    if not 0 <= clamp[0] <= clamp[1] <= 1:
+        raise ValueError(f"invalid clamp {clamp}")
     if wrong := [each.answer for each in examples if each.answer not in ("A", "B")]:
         raise ValueError(f"the answer of an example must be A or B, not {wrong[0]!r}")
-    orders = [order for pair in pairs for order in (pair, Pair(pair.prompt, pair.second, pair.first))]
-    texts = [question(order, principle=principle, examples=examples) for order in orders]
-    keys = [_key(judge.name, text) for text in texts]
-    known = _read(answers)
-    open_texts = {key: text for key, text in zip(keys, texts, strict=True) if key not in known}  # each text once
-    total, stored = len(open_texts), len(set(keys)) - len(open_texts)
-    asked, tokens, errors, pending = 0, 0, Counter[str](), list(open_texts)
-    most = len(pending) if max_questions is None else max_questions
-    while pending and asked < most and (max_tokens is None or tokens < max_tokens):
-        size = min(batch, most - asked)
-        now, pending = pending[:size], pending[size:]
-        for i, answer in judge([open_texts[key] for key in now]):
-            asked += 1
-            if isinstance(answer, Exception):
-                errors[f"{type(answer).__name__}: {answer}"] += 1
-            else:
-                known[now[i]] = answer
-                tokens += answer.tokens
-                if answers is not None:
-                    atomic.append_line(answers, {"key": now[i], **answer._asdict()})
-            on_answer(asked, total)
-    probability = [known[key].probability if key in known else None for key in keys]
+    principles = [principle] * len(pairs) if isinstance(principle, str) else principle
+    asker = asking.Asker(
+        judge,
+        Answer,
+        name=judge.name,
+        path=answers,
+        max_questions=max_questions,
+        max_tokens=max_tokens,
+        batch=batch,
+    )
+    texts = [
+        question(order, principle=each, examples=examples)
+        for pair, each in zip(pairs, principles, strict=True)
+        for order in (pair, Pair(pair.prompt, pair.second, pair.first))
+    ]
+    found = asker(texts, on_answer=on_answer)
+    distinct = dict(zip(texts, found, strict=True)).values()
+    probability = [None if answer is None else answer.probability for answer in found]
     given_N, swapped_N = np.clip(np.array(probability, np.float64).reshape(-1, 2).T, *clamp)
     bias_N = (given_N + swapped_N - 1) / 2
     return Labels(
         preference_N=(given_N + 1 - swapped_N) / 2,
         position_bias=float(np.nanmean(bias_N)) if np.isfinite(bias_N).any() else float("nan"),
-        asked=asked,
-        stored=stored,
-        unclear=sum(known[key].probability is None for key in set(keys) if key in known),
-        waiting=len(pending),
-        tokens=tokens,
-        errors=dict(errors),
+        asked=asker.asked,
+        stored=asker.stored,
+        unclear=sum(answer is not None and answer.probability is None for answer in distinct),
+        waiting=sum(answer is None for answer in distinct) - asker.errors.total(),
+        tokens=asker.tokens,
+        errors=dict(asker.errors),
     )
 
 
@@ -255,21 +245,3 @@ class ModelJudge:
 def choice_probability(logprob_a: float, logprob_b: float) -> float:
     """Returns the probability of "A", given that the answer is "A" or "B"."""
     return float(np.exp(-np.logaddexp(0.0, logprob_b - logprob_a)))
-
-
-def _key(name: str, text: str) -> str:
-    return hashlib.sha256(json.dumps([name, text]).encode()).hexdigest()
-
-
-def _read(path: str | os.PathLike[str] | None) -> dict[str, Answer]:
-    """Returns the stored answers by key. A line that an interrupted process left incomplete is skipped."""
-    found: dict[str, Answer] = {}
-    if path is None:
-        return found
-    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    atomic.repair_last_line(path)
-    if pathlib.Path(path).exists():
-        for line in pathlib.Path(path).read_text().splitlines():
-            record: dict[str, Any] = json.loads(line)
-            found[record["key"]] = Answer(record["probability"], record["tokens"])
-    return found

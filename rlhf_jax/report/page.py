@@ -44,6 +44,7 @@ def write_report(
     *,
     title: str,
     settings: Mapping[str, Any] | None = None,
+    sections: Sequence[Section] = (),
 ) -> None:
     """Writes the HTML page of a run to a file, atomically.
 
@@ -53,8 +54,9 @@ def write_report(
         metrics: Records of metrics.jsonl, with ``stage``, ``step``, and metrics that are numbers or None.
         title: Title of the page.
         settings: Configuration of the run; nested settings are shown with dotted names.
+        sections: Further sections, which come first.
     """
-    page = render(results, list(metrics), title=title, settings=settings)
+    page = render(results, list(metrics), title=title, settings=settings, sections=sections)
     # Text truncated within a multi-byte character may contain lone surrogates, which UTF-8 cannot encode.
     atomic.replace_file(path, page.encode("utf-8", "xmlcharrefreplace"))
 
@@ -65,6 +67,7 @@ def render(
     *,
     title: str,
     settings: Mapping[str, Any] | None = None,
+    sections: Sequence[Section] = (),
 ) -> str:
     """Returns the HTML page of a run.
 
@@ -73,6 +76,7 @@ def render(
         metrics: Records of metrics.jsonl, with ``stage``, ``step``, and metrics that are numbers or None.
         title: Title of the page.
         settings: Configuration of the run; nested settings are shown with dotted names.
+        sections: Further sections, which come first.
 
     Returns:
         The page as text.
@@ -81,6 +85,7 @@ def render(
     import markupsafe
 
     sections = [
+        *sections,
         Section("Comparison with the baseline", _comparison(results)),
         Section("Distillation", _distillation(results), distillation_plots.rows(results)),
         Section("Preference", _preference(results) + _categories(results)),

@@ -20,6 +20,9 @@ POLICIES = {
     "ppo": "PPO",
     "ppo_ptx": "PPO-ptx",
     "best_of_n": "best-of-n",
+    "helpful": "helpful-only",
+    "sl_cai": "SL-CAI",
+    "rl_cai": "RL-CAI",
 }
 """Known policies in display order, with their display names."""
 
@@ -90,6 +93,10 @@ COLUMNS = (
     Column("kl_bound", "Upper bound of the KL (nats per answer)", "", digits=2),
     Column("skill_accuracy", "Skill accuracy (%)", "skills\n%", percent=True),
     Column("pretraining_loss", "Pretraining loss (nats per token)", "LM\nloss", digits=3),
+    Column("harmlessness", "Harmlessness, red-team prompts", "harm-\nless", digits=3),
+    Column("helpfulness", "Helpfulness, benign prompts", "help-\nful", digits=3),
+    Column("refusal_rate_harmful", "Refusals, red-team prompts (%)", "refused\nharm, %", percent=True),
+    Column("refusal_rate_benign", "Refusals, benign prompts (%)", "refused\nbenign, %", percent=True),
     Column("truthful_rate", "Truthful (%)", "truth\n%", percent=True),
     Column("harm_rate", "Harmful (%)", "harm\n%", percent=True),
     Column("length", "Length (tokens)", "len", digits=1),
@@ -290,9 +297,10 @@ def headline(results: Mapping[str, Any]) -> str:
 def headlines(results: Mapping[str, Any]) -> list[str]:
     """Returns the main result, with one sentence per policy and judge if policies are compared with a baseline.
 
-    If there are more than `MOST_HEADLINES`, only the best policy of each judge has a sentence.
+    If there are more than `MOST_HEADLINES`, only the best policy of each judge has a sentence. Results can have their
+    own ``headlines``.
     """
-    return _against_baseline(results) or [_distilled(results) or _main_result(results)]
+    return results.get("headlines") or _against_baseline(results) or [_distilled(results) or _main_result(results)]
 
 
 def _distilled(results: Mapping[str, Any]) -> str:

@@ -184,3 +184,47 @@ def test_requests_run_at_the_same_time(server):
     server.reply = reply
     assert label(server, concurrency=4).asked == 12
     assert most == 4
+
+
+def revise(server, prompts=2, **options):
+    model = endpoint(server, **options)
+    texts = [f"question {i}" for i in range(prompts)]
+    return feedback.revise(
+        texts, ["reply"] * prompts, model.generate, name=model.name, principles=feedback.HARMLESSNESS, rounds=1
+    )
+
+
+def test_a_server_writes_critiques_and_revisions(server):
+    server.reply = lambda request, number: (200, completion(text=" better "))
+    found = revise(server)
+    assert [each.responses for each in found.revised_N] == [("reply", "better")] * 2
+    assert (found.asked, found.tokens) == (4, 28)
+    for request in server.requests:
+        assert "logprobs" not in request and (request["max_tokens"], request["temperature"]) == (512, 1.0)
+
+
+def test_texts_are_asked_for_again_after_failures_and_nonsense(server):
+    seen = {}
+
+    def reply(request, number):
+        text = request["messages"][0]["content"]
+        seen[text] = seen.get(text, 0) + 1
+        no_text = {"choices": [{"message": {"content": None}}]}
+        bad = [(503, b"busy"), (200, b"not JSON"), (200, no_text), (429, b"slow down")]
+        return bad[seen[text] - 1] if seen[text] <= 4 else (200, completion(text="better"))
+
+    server.reply = reply
+    found = revise(server, attempts=5)
+    assert found.errors == {} and len(found.complete(1)) == 2 and set(seen.values()) == {5}
+
+
+def test_a_text_that_never_comes_is_an_error_of_its_own_response(server):
+    def reply(request, number):
+        if "question 1\n" in request["messages"][0]["content"]:
+            time.sleep(3)
+        return 200, completion(text="better")
+
+    server.reply = reply
+    found = revise(server, attempts=2, timeout=0.3)
+    assert found.complete(1) == [0] and found.revised_N[1].responses == ("reply",)
+    assert "Timeout" in next(iter(found.errors))

@@ -1,0 +1,1 @@
+"""Claims about feedback of models: constitutional AI."""
