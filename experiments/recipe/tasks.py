@@ -181,11 +181,6 @@ def prompt_set(task: Task, drawn: list[prompts.Prompt]) -> PromptSet:
     return _prompt_sets(task.fmt, [drawn], task.dropped)[1][0]
 
 
-def prompt_set(task: Task, drawn: list[prompts.Prompt]) -> PromptSet:
-    """Encodes prompts of the built-in world."""
-    return _prompt_sets(task.fmt, [drawn], task.dropped)[1][0]
-
-
 def _stream(settings: Settings, stream: int) -> np.random.Generator:
     return np.random.default_rng([settings.seed, stream])
 
