@@ -148,7 +148,13 @@ def _cross_validate(settings: RewardSettings, out: Console) -> tuple[pathlib.Pat
     weights = [(f"fold-{n}", 1.0) for n in range(1, settings.folds + 1)]
     with run_setup.make_progress(weights, folder) as progress:
         folds = cross_validation.cross_validate(
-            pairs, settings.cv, folds=settings.folds, seed=settings.seed, folder=folder, progress=progress
+            pairs,
+            settings.cv,
+            folds=settings.folds,
+            seed=settings.seed,
+            folder=folder,
+            progress=progress,
+            pmp=settings.pmp,
         )
     folder.log.close()
     folder.elapsed.save()

@@ -16,7 +16,7 @@ import pytest
 import reward_model as script
 from launch import run_folder
 from launch import settings as settings_lib
-from preferences import cross_validation, cross_validation_results, reward_settings, reward_stages
+from preferences import cross_validation_results, fold_pairs, reward_settings, reward_stages
 from recipe import human_comparisons
 
 from rlhf_jax import lm
@@ -202,12 +202,12 @@ def test_truncation_keeps_the_end_of_prompts_and_the_end_of_turn_tokens(tmp_path
 
     fmt = chat.chat_format(tokenizers.train_bpe([p.chosen + p.rejected for p in pairs], vocab_size=280))
     settings = reward_settings.CrossValidation(prompt_width=5, response_width=4, vocab_size=280)
-    encoded = cross_validation.encode(fmt, pairs, settings)
+    encoded = fold_pairs.encode(fmt, pairs, settings)
     assert {len(ids) for ids in encoded.prompts} == {5}
     assert {len(ids) for side in encoded.answers for ids in side} == {4}
     end = fmt.stop_ids[0]
     assert all(ids[-1] == end for side in encoded.answers for ids in side)
-    batch = cross_validation.pack_pairs(
+    batch = fold_pairs.pack_pairs(
         encoded, np.arange(6), width=9, pad_id=fmt.pad_id, dropped=0.5, rng=np.random.default_rng(0)
     )
     ends = np.asarray(batch.tokens_RL)[np.asarray(batch.places_BK.row), np.asarray(batch.places_BK.end)]
@@ -215,11 +215,12 @@ def test_truncation_keeps_the_end_of_prompts_and_the_end_of_turn_tokens(tmp_path
     assert (np.asarray(batch.segments_RL) > 0).sum() < 6 * 2 * 9 * 0.75
 
 
-def test_cross_validation_runs_end_to_end_and_resumes(tmp_path):
+@pytest.mark.parametrize("pmp", [(), ("--pmp.prompts", "50")], ids=["one-phase", "three-phase"])
+def test_cross_validation_runs_end_to_end_and_resumes(pmp, tmp_path):
     pytest.importorskip("sklearn")
     path, out = write(tmp_path / "pairs.jsonl"), tmp_path / "run"
     printed = io.StringIO()
-    arguments = ["--preset", "smoke", "--data.path", str(path), "--folds", "2", "--out", str(out)]
+    arguments = ["--preset", "smoke", "--data.path", str(path), "--folds", "2", "--out", str(out), *pmp]
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         script.main(arguments)
     results = json.loads((out / "results.json").read_text())
@@ -227,6 +228,15 @@ def test_cross_validation_runs_end_to_end_and_resumes(tmp_path):
     mean, low, high = results["methods"]["reward_model"]["accuracy"]
     assert 0 <= low <= mean <= high <= 1
     assert "<svg" in (out / "report.html").read_text() and "fold-2" in printed.getvalue()
+    if pmp:
+        one, three = (results["methods"][m]["accuracy"][0] for m in ("reward_model", "three_phase"))
+        gains = {row["group"]: row["gain"] for row in results["pmp"]["gain"]}
+        assert list(gains) == ["all", "turn 1"] and gains["all"][0] == pytest.approx(three - one)
+        assert gains["all"][1] <= gains["all"][0] <= gains["all"][2]
+        assert 0 <= results["pmp"]["own_accuracy"] <= 1 and "three_phase" in results["by_turn"][0]
+        assert "accuracy after PMP" in printed.getvalue() and "reward model after PMP" in printed.getvalue()
+    else:
+        assert "pmp" not in results and "PMP" not in printed.getvalue()
     # Without results.json, the run resumes from its checkpoints and computes the same results.
     (out / "results.json").unlink()
     (out / "fold-2.json").unlink()
