@@ -102,16 +102,17 @@ def _pretrain_preferences(
 
     The vocabulary has two more tokens during this stage if ``rows`` contain control tokens.
     """
-    own, key, cfg, params = _phases(settings)[0], job.key(PMP), job.cfg, model.params
+    own, key, cfg, params = _phases(settings)[0], jax.random.fold_in(job.key(STAGE), 1000), job.cfg, model.params
     if settings.pmp.binary:
         cfg = dataclasses.replace(cfg, vocab_size=cfg.vocab_size + 2, max_length=cfg.max_length + 1)
         params = reward_stages.extend_embeddings(params, jax.random.fold_in(key, 1), cfg)
     job = dataclasses.replace(job, cfg=cfg)
     params = job.put_params(lm.with_head(jax.random.fold_in(key, 2), params, cfg))
     start = training.trainable(settings.lora, cfg, params, jax.random.fold_in(key, 3))
-    planned = training.schedule(job, PMP, len(rows.ranks_BK), own)
+    planned = training.schedule(job, PMP, len(rows.ranks_BK), own, key=key)
     batch_at, _ = _packed(own, job, rows, planned, model)
-    trained = training.fit(job, PMP, _make_train_step(cfg), start, rows, own, planned=planned, batch_at=batch_at)
+    options: dict[str, Any] = {"planned": planned, "batch_at": batch_at, "rng": key}
+    trained = training.fit(job, PMP, _make_train_step(cfg), start, rows, own, **options)
     facts = {"steps": planned.steps, "rows": len(rows.ranks_BK), "learning_rate": training.learning_rate(own)}
     merged = start.merge(start.frozen, trained.params)
     return reward_stages.truncate_embeddings(merged, model.cfg), facts | {"training_seconds": trained.seconds}

@@ -90,14 +90,25 @@ class Schedule(NamedTuple):
     batch: int
 
 
-def schedule(run: engine.Engine, stage: str, rows: int, settings: StageSettings) -> Schedule:
-    """Returns the schedule of a stage on ``rows`` rows; notes batches that are smaller than --batch."""
+def schedule(
+    run: engine.Engine, stage: str, rows: int, settings: StageSettings, *, key: jax.Array | None = None
+) -> Schedule:
+    """Returns the schedule of a stage on ``rows`` rows; notes batches that are smaller than --batch.
+
+    Args:
+        run: The engine.
+        stage: Name of the stage.
+        rows: Number of rows.
+        settings: The settings of the command.
+        key: Random key of the order; by default, that of the stage.
+    """
     batch = rows_per_step(settings, rows, run.mesh)
     if batch < settings.batch:
         size, all_rows = errors.counted(batch, "rows"), errors.counted(rows, "rows")
         run.note(stage, f"a step has {size} instead of --batch {settings.batch}: the data has only {all_rows}")
     steps = count_steps(settings, rows, batch=batch)
-    order = batching.epoch_batches(0, n=rows, batch_size=batch, key=run.key(stage), steps=steps)
+    key = run.key(stage) if key is None else key
+    order = batching.epoch_batches(0, n=rows, batch_size=batch, key=key, steps=steps)
     return Schedule(order, steps, batch)
 
 

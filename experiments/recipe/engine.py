@@ -20,7 +20,7 @@ from rlhf_jax.train import loop
 
 STAGES = ("pretrain", "sft", "sft_mix", "comparisons", "reward_model", "ppo", "ppo_ptx", "evaluate")
 STAGES += ("heldout_reward_model",)  # the position of a stage determines its random key, so append new ones
-STAGES += ("dpo", "pmp")
+STAGES += ("dpo",)
 
 
 def stage_key(seed: int, stage: str) -> jax.Array:

@@ -15,7 +15,6 @@ import pytest
 import reward_model
 from finetune import reward_training
 from launch.run_settings import SettingError
-from recipe import engine
 
 from rlhf_jax import lm, metrics
 from rlhf_jax.data import errors
@@ -205,7 +204,3 @@ def test_a_crowd_of_held_out_conversations_only_is_refused(files, tmp_path):
     crowd.write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(errors.DataError, match=r"crowd\.jsonl has no usable record that is not held out"):
         reward_training._prepare(settings, None, errors.DropCount())
-
-
-def test_stages_keep_their_random_keys():
-    assert engine.STAGES[-1] == "pmp", "the position of a stage determines its key"
