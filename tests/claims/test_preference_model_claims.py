@@ -105,8 +105,8 @@ def test_the_gold_utility_reads_the_last_turn_only():
     tables, T = gold.make_tables(facts), prompts.RESPONSE_WIDTH
     last = prompts.prompt_tokens([("user", "what color is the fox ?")])
     before = [
-        *prompts.prompt_tokens([("user", "where is the hat ?")]),
-        *prompts.answer_tokens("sure , the hat is here ."),
+        *prompts.prompt_tokens([("user", "where is the owl ?")]),
+        *prompts.answer_tokens("happy to help ."),
     ]
     for text in (f"sure , the fox is {facts.value('fox', world_lib.COLOR)} .", "the fox is bigger ."):
         answer = prompts.answer_tokens(text)
