@@ -10,7 +10,6 @@ and above 1 for an under-confident one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -26,7 +25,7 @@ from rlhf_jax import diagnostics, types
 from rlhf_jax.report import plots
 from rlhf_jax.simulation import labelers
 
-PAIRS = 6000
+PAIRS = 4000
 """Training pairs of each kind."""
 TEST_ANSWERS = 12
 """Answers to each held-out prompt, of which neighbours form pairs."""
@@ -34,9 +33,13 @@ HARMFUL = "harmful"
 JUDGED = {"benign": "helpful", HARMFUL: "harmless"}
 """The component of gold utility by which answers are compared, by kind of prompt."""
 AGREEMENT = 0.75
+"""Rate at which two labelers agree on a pair of different utility, which sets the noise of the labels."""
 RATE = 1.0
 """Factor on the learning rate of reward models."""
 TOLERANCE = 0.1
+
+Pairs = dict[str, dict[str, types.Comparisons]]
+"""Labelled pairs by kind of prompt, for training and for testing."""
 
 
 def measure(trial: Trial) -> Measured:
@@ -49,10 +52,10 @@ def measure(trial: Trial) -> Measured:
     }
 
 
-def sample(trial: Trial, start: types.Params, *, pairs: int) -> dict[str, dict[str, Any]]:
-    """Returns labelled pairs for training and for testing, by kind of prompt, with the noise of the labels."""
+def sample(trial: Trial, start: types.Params, *, pairs: int) -> Pairs:
+    """Returns labelled pairs for training and for testing, by kind of prompt."""
     train = tasks.more_prompts(trial.settings, trial.task, 2 * pairs)
-    found: dict[str, dict[str, Any]] = {}
+    found: Pairs = {}
     for number, (kind, judged) in enumerate(JUDGED.items()):
         parts = {}
         for part, prompts, answers in (("train", train, 2), ("test", trial.task.eval_prompts, TEST_ANSWERS)):
@@ -62,21 +65,25 @@ def sample(trial: Trial, start: types.Params, *, pairs: int) -> dict[str, dict[s
             sampled = pair_stages.sample(
                 trial, start, prompts.at(of_kind), answers=answers, stream=1300 + 10 * number + answers
             )
-            shaped = {name: x.reshape(-1, 2, *x.shape[2:]) for name, x in sampled.items()}
-            parts[part] = shaped | {"asked": np.repeat(prompts.asked_B[of_kind], answers // 2)}
-        gold_N2 = parts["train"][judged]
-        alike = [np.stack([gold_N2[:, k]] * 2, axis=1) for k in range(2)]  # two labelers with the same utility
-        noise = labelers.calibrated_temperature(*alike, target=AGREEMENT)
+            parts[part] = {name: x.reshape(-1, 2, *x.shape[2:]) for name, x in sampled.items()}
+        noise = temperature(parts["train"][judged])
         found[kind] = {part: label(trial, each, judged, noise, number=number) for part, each in parts.items()}
     return found
 
 
-def label(trial: Trial, rows: dict[str, np.ndarray], judged: str, noise: float, *, number: int) -> dict[str, Any]:
+def temperature(gold_N2: np.ndarray) -> float:
+    """Returns the noise with which two labelers of equal tastes agree on pairs of different utility at `AGREEMENT`."""
+    unequal_M2 = gold_N2[gold_N2[:, 0] != gold_N2[:, 1]]
+    alike = [np.stack([unequal_M2[:, k]] * 2, axis=1) for k in range(2)]
+    return labelers.calibrated_temperature(*alike, target=AGREEMENT)
+
+
+def label(trial: Trial, rows: dict[str, np.ndarray], judged: str, noise: float, *, number: int) -> types.Comparisons:
     """Returns pairs of different answers as comparisons, whose labels follow the Bradley-Terry model.
 
     Args:
         trial: The trial.
-        rows: Tokens, mask and components of gold utility of the answers, and what their prompts ask.
+        rows: Tokens, mask and components of gold utility of the answers.
         judged: The component by which the answers are compared.
         noise: Temperature of the labels.
         number: Number of the random stream.
@@ -84,30 +91,21 @@ def label(trial: Trial, rows: dict[str, np.ndarray], judged: str, noise: float, 
     rng = np.random.default_rng([trial.settings.seed, 1300 + number, len(rows["tokens"])])
     gold_N2 = rows[judged]
     first_N = rng.random(len(gold_N2)) < special.expit((gold_N2[:, 0] - gold_N2[:, 1]) / noise)
-    tokens_N2L, mask_N2L = rows["tokens"], rows["mask"]
-    visible = np.where(mask_N2L, tokens_N2L, -1)
-    different_N = (visible[:, 0] != visible[:, 1]).any(axis=1)
-    compared = pair_stages.comparisons(tokens_N2L, mask_N2L, np.where(first_N, 0, 1))
-    return {"rows": compared, "asked": rows["asked"][different_N]}
+    return pair_stages.comparisons(rows["tokens"], rows["mask"], np.where(first_N, 0, 1))
 
 
-def train_and_test(
-    trial: Trial, start: types.Params, pairs: dict[str, dict[str, Any]], *, kinds: list[str]
-) -> dict[str, float]:
+def train_and_test(trial: Trial, start: types.Params, pairs: Pairs, *, kinds: list[str]) -> dict[str, float]:
     """Trains on the pairs of some kinds for one epoch; returns slope and accuracy on held-out pairs of these kinds."""
-    rows = jax.tree.map(lambda *x: np.concatenate(x), *(pairs[kind]["train"]["rows"] for kind in kinds))
+    rows = jax.tree.map(lambda *x: np.concatenate(x), *(pairs[kind]["train"] for kind in kinds))
     rate = RATE * trial.settings.reward_model.learning_rate
     model = pair_stages.train(trial, start, rows, rate=rate, stream=13)
-    margin_N, asked = [], []
+    parts = []
     for kind in kinds:
         test = pairs[kind]["test"]
-        scores_N2 = pair_stages.scores(
-            trial, model, np.asarray(test["rows"].tokens_BKL), np.asarray(test["rows"].mask_BKL)
-        )
-        chosen_N = np.asarray(test["rows"].ranks_BK).argmin(axis=1)
-        margin_N.append(np.where(chosen_N == 0, 1, -1) * (scores_N2[:, 0] - scores_N2[:, 1]))
-        asked.append(test["asked"])
-    margins = np.concatenate(margin_N)
+        scores_N2 = pair_stages.scores(trial, model, np.asarray(test.tokens_BKL), np.asarray(test.mask_BKL))
+        chosen_N = np.asarray(test.ranks_BK).argmin(axis=1)
+        parts.append(np.where(chosen_N == 0, 1, -1) * (scores_N2[:, 0] - scores_N2[:, 1]))
+    margins = np.concatenate(parts)
     zeros = np.zeros_like(margins)
     return {
         "slope": float(diagnostics.calibration_slope(margins, zeros).mean),

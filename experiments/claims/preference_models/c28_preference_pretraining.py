@@ -1,7 +1,7 @@
 """C28: pretraining on a crowd's comparisons helps where human comparisons are few (Askell et al. 2021).
 
 A preference model is pretrained on pairs of answers that a crowd has labelled, with more noise and other tastes than
-the labelers, and then trained on 500 or on 4,000 of the labelers' pairs. It is pretrained on the pairs themselves
+the labelers, and then trained on 500 or on 2,000 of the labelers' pairs. It is pretrained on the pairs themselves
 ("ranked") or in binarised form ("binary"), in which A > B becomes "A marked good > A marked bad" and "B marked bad > B
 marked good". The accuracy is the share of pairs of answers to held-out prompts that a model orders as gold utility
 does.
@@ -29,9 +29,9 @@ from rlhf_jax.data import comparison_transforms
 from rlhf_jax.report import plots
 from rlhf_jax.simulation import labelers
 
-FEW, MANY = 500, 4000
+FEW, MANY = 500, 2000
 """Numbers of the labelers' pairs."""
-CROWD = 6000
+CROWD = 4000
 """Number of the crowd's pairs."""
 FORMS = ("none", "ranked", "binary")
 CROWD_AGREEMENT, CROWD_TASTE = 0.6, 0.5
@@ -151,7 +151,7 @@ CLAIM = Claim(
     claim="Pretraining on a crowd's comparisons improves preference models with few human comparisons, more in "
     "binarised form than on rankings.",
     published="+5 to 10 points with 500 pairs, about +10 below 10,000; binary − ranked about +5 points with 500 (52B)",
-    differs="6,000 pairs of a simulated crowd with other tastes and more noise replace millions of votes on websites, "
+    differs="4,000 pairs of a simulated crowd with other tastes and more noise replace millions of votes on websites, "
     "and its answers are to the same kinds of prompts.",
     measure=measure,
     decide=decide,

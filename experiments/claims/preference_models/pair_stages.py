@@ -50,7 +50,7 @@ def sample(
 
 
 def choices(pool: labelers.Pool, features_N2F: np.ndarray, *, agreement: float, key: jax.Array) -> np.ndarray:
-    """Returns the index of the answer that a labeler of the pool chooses for each pair, ``[N]``.
+    """Returns the index of the answer that a labeler of the pool chooses for each pair, ``[N]``; there are no ties.
 
     Args:
         pool: The labelers, who take turns.
@@ -60,7 +60,7 @@ def choices(pool: labelers.Pool, features_N2F: np.ndarray, *, agreement: float, 
     """
     utility_NR = [np.asarray(labelers.utilities(pool, jnp.asarray(features_N2F[:, k]))) for k in range(2)]
     noise = labelers.calibrated_temperature(*utility_NR, target=agreement)
-    noisy = pool.replace(temperature=jnp.float32(noise))  # type: ignore[attr-defined]
+    noisy = pool.replace(temperature=jnp.float32(noise), tie_width=jnp.float32(0.0))  # type: ignore[attr-defined]
     n = len(features_N2F)
     keys_N, labeler_N = jax.random.split(key, n), np.arange(n) % utility_NR[0].shape[1]
     rank_all = jax.jit(jax.vmap(labelers.rank, in_axes=(0, None, 0, 0, None)))
