@@ -162,5 +162,5 @@ def test_wrong_answers_of_the_binary_task_are_worth_less():
     assert 40 < len(tokens) < 60, "refusals cannot be wrong"
     for tokens_2L, mask_2L in zip(tokens[:20], mask[:20], strict=True):
         right, wrong = (gold.utility(tables, t[:P], t[P:], m[P:]) for t, m in zip(tokens_2L, mask_2L, strict=True))
-        assert float(right.total) == pytest.approx(1.0, abs=1e-5) and float(wrong.total) < 0.9
+        assert float(right.total) == pytest.approx(1.0, abs=1e-5) and float(wrong.total) < 0.95
         assert abs(int(right.length) - int(wrong.length)) <= 4
