@@ -272,7 +272,7 @@ def test_comparisons_without_labels_have_a_turn_of_another_conversation_and_igno
     swapped = [human_comparisons.Pair(pair.prompt, pair.rejected, pair.chosen) for pair in pairs]
     assert {turn[:2] for turn in fold_pairs.assistant_turns(swapped)} == set(own)
     with pytest.raises(ValueError, match="at least two conversations"):
-        fold_pairs.compare_turns(pairs[:2], 5, np.random.default_rng(0))
+        fold_pairs.compare_turns(pairs[:1], 5, np.random.default_rng(0))
 
 
 def test_marked_pairs_are_those_of_the_control_tokens():
