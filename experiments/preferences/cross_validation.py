@@ -274,7 +274,11 @@ class Fold:
         }
 
     def _run_three_phases(self, base: types.Params) -> dict[str, Any]:
-        """Trains the reward models that start from a preference model, and measures that model before."""
+        """Trains the reward models that start from a preference model, and measures that model before.
+
+        ``accuracy`` is that on the test pairs, and ``own_accuracy`` that on comparisons without labels of the test
+        dialogues. Both are of answers without control tokens, which a model of marked pairs has not seen.
+        """
         start = self.pretrain_preferences(base)
         seeds = np.asarray(jax.random.key_data(jax.random.fold_in(self.key, 1001))).tolist()
         conversations = human_comparisons.conversation_ids(self.test).max() + 1
