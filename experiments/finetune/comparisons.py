@@ -55,6 +55,8 @@ class Data:
     response_width: int
     notes: tuple[str, ...]
     """Warnings, which are saved as incidents."""
+    held_out_records: Sequence[records.Ranking] = ()
+    """The held-out comparisons as records."""
 
     @property
     def row_width(self) -> int:
@@ -105,7 +107,41 @@ def load(settings: Any, mesh: Any, counts: errors.DropCount) -> tuple[initial_mo
         _encode(model.fmt, part, group_B, widths, answers, counts, path=data.path)
         for part, group_B in zip(parts, groups)
     ]
-    return model, Data(encoded[0], encoded[1], *widths, tuple(notes))
+    return model, Data(encoded[0], encoded[1], *widths, tuple(notes), parts[1])
+
+
+def load_crowd(
+    settings: preference_settings.OwnRewardSettings,
+    model: initial_model.InitialModel,
+    held_out: Sequence[records.Ranking],
+    counts: errors.DropCount,
+) -> tuple[Encoded, int, list[str]]:
+    """Reads and encodes --pmp.path, without conversations of the held-out comparisons.
+
+    Args:
+        settings: The settings of the command.
+        model: The model.
+        held_out: The held-out human comparisons.
+        counts: Counts unusable records.
+
+    Returns:
+        ``(crowd, prompt_width, notes)``: the comparisons, the number of columns before their answers, and warnings.
+    """
+    path = str(settings.pmp.path)
+    found, _ = readers.read_rankings(path, counts=counts)
+    id_N, n = human_comparisons.conversation_ids([*held_out, *found]), len(held_out)
+    kept = np.flatnonzero(~np.isin(id_N[n:], id_N[:n]))
+    if len(kept) == 0:
+        raise errors.DataError(f"{path} has no usable record that is not held out ({counts.report()})")
+    notes, rankings = [], [found[i] for i in kept]
+    if dropped := len(found) - len(kept):
+        notes = [f"{dropped} of {errors.counted(len(found), 'comparisons')} in {path} open like held-out comparisons"]
+        notes = [f"{notes[0]} of {settings.data.path}, and are dropped"]
+    lengths = measure(model.fmt, rankings)
+    widths = choose_widths(lengths, settings.data, max_length=model.cfg.max_length)
+    answers = max(len(each.responses) for each in rankings)
+    crowd = _encode(model.fmt, rankings, id_N[n:][kept], widths, answers, counts, path=path)
+    return crowd, widths[0], notes + cut_warnings(lengths, widths)
 
 
 def _encode(

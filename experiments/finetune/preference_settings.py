@@ -57,6 +57,27 @@ class RewardTraining(reward_settings.RewardLoss):
     (as InstructGPT does with demonstrations) or all `held-out` answers (HH). `none` leaves the scores unchanged."""
 
 
+@dataclasses.dataclass(frozen=True)
+class OwnPretraining:
+    """Preference-model pretraining (PMP): training on many comparisons by a crowd, such as votes on the answers of a
+    website, before the human comparisons (Askell et al. 2021, HH A.2). It takes one epoch and trains the whole model
+    or, with --lora.rank, adapters of its own."""
+
+    path: str | None = None
+    """File of comparisons for PMP, in any of the formats in docs/data.md, in pairs or rankings. None leaves PMP out.
+    Comparisons that open like a held-out one of --data.path are dropped."""
+    binary: bool = True
+    """Replace each pair A > B with GOOD:A > BAD:A and BAD:B > GOOD:B, which start with control tokens, and remove the
+    tokens after PMP. If off, train on the rankings."""
+    learning_rate: float | None = None
+    """Peak learning rate of PMP, with the schedule of --learning-rate. None uses the default of --learning-rate, which
+    is 2e-5 for a given model, 2e-4 with --lora.rank and 1e-3 for random weights."""
+    pretraining_rate: float | None = None
+    """Peak learning rate with which --model was pretrained, such as 3e-4, if you know it: PMP then uses 0.1 and the
+    human comparisons 0.01 of it, as in HH. The rate is not part of a model, so None uses --pmp.learning-rate and
+    --learning-rate, which are equal by default."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Packing:
     """Packing of comparisons."""
@@ -71,10 +92,13 @@ class OwnRewardSettings(Packing, StageSettings):
     """Settings of reward_model.py with --model and --data.path."""
 
     command: ClassVar[str] = "reward_model"
+    inputs: ClassVar[tuple[str, ...]] = (*StageSettings.inputs, "pmp.path")
 
     batch: int = 16
-    """Number of prompts per step, each with all its answers; of pairs with --training.loss pairs."""
+    """Number of prompts per step, each with all its answers; of pairs with --training.loss pairs and in PMP with
+    --pmp.binary."""
     data: Comparisons
+    pmp: OwnPretraining = dataclasses.field(default_factory=OwnPretraining)
     training: RewardTraining = dataclasses.field(default_factory=RewardTraining)
     on_alarm: Literal["report", "stop"] = "report"
     """Response to an alarm, such as a rising validation loss. `report` prints it and continues; `stop` saves and stops
@@ -175,8 +199,17 @@ def check_reward(settings: OwnRewardSettings) -> None:
         raise SettingError("--training.keep-heads has no effect with one head; set --training.heads, or leave it out")
     if training.trains and settings.lora.rank is not None:
         raise SettingError("--training.trains has no effect with --lora.rank, which trains adapters; leave it out")
+    pmp = settings.pmp
+    for name, value in (("learning_rate", pmp.learning_rate), ("pretraining_rate", pmp.pretraining_rate)):
+        require(value is None or 0 < value < math.inf, settings, f"pmp.{name}", "above 0 and finite")
     unused = list(reward_settings.unused_of_loss(training))
-    refuse_changed(settings, dataclasses.replace(settings, training=RewardTraining()), unused)
+    if pmp.path is None:
+        names = [field.name for field in dataclasses.fields(pmp) if field.name != "path"]
+        unused += [([f"pmp.{name}" for name in names], "without --pmp.path")]
+    elif pmp.pretraining_rate is not None:
+        unused += [(("learning_rate", "pmp.learning_rate"), "with --pmp.pretraining-rate, which sets both rates")]
+    default = dataclasses.replace(settings, training=RewardTraining(), pmp=OwnPretraining(), learning_rate=None)
+    refuse_changed(settings, default, unused)
 
 
 def check_dpo(settings: OwnDPOSettings) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import pathlib
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +19,13 @@ from recipe import engine, monitoring, policy_sampling, reward_diagnosis, valida
 
 from finetune import comparisons, outcome, stage_run, training
 from finetune.preference_settings import OwnRewardSettings
-from rlhf_jax import diagnostics, lm, parallel, types
+from rlhf_jax import diagnostics, lm, losses, parallel, types
 from rlhf_jax.data import comparison_transforms, errors, packing
 from rlhf_jax.report import results as results_lib
 from rlhf_jax.train import loop, reward_model
 from rlhf_jax.train.optim import partition
 
-STAGE = "reward_model"
+STAGE, PMP = "reward_model", "pmp"
 _SCORED_TOKENS = 8192
 """Number of tokens that are scored at once."""
 NORMALISED_PROMPTS = 1024
@@ -48,6 +48,16 @@ def run(settings: OwnRewardSettings) -> dict[str, Any]:
 def _prepare(settings: OwnRewardSettings, mesh: Any, counts: errors.DropCount) -> stage_run.Prepared:
     """Loads the model and the comparisons."""
     model, data = comparisons.load(settings, mesh, counts)
+    crowd, notes, first = None, data.notes, []
+    if settings.pmp.path is not None:
+        encoded, width, more = comparisons.load_crowd(settings, model, data.held_out_records, counts)
+        rows, notes = encoded.rows, (*notes, *more)
+        if settings.pmp.binary:
+            n = model.cfg.vocab_size
+            rows = comparison_transforms.add_control_tokens(rows, good_id=n, bad_id=n + 1, column=width)
+        crowd = Crowd(rows, len(encoded))
+        most = training.rows_trained(_phases(settings)[0], len(rows.ranks_BK), mesh)
+        first = [(PMP, 3.0 * most * np.mean(np.sum(rows.where_BK, axis=1)))]
     train = data.train.take(settings.training.limit)
     rows = train.rows
     if rows.loss_inputs is not None:
@@ -62,7 +72,8 @@ def _prepare(settings: OwnRewardSettings, mesh: Any, counts: errors.DropCount) -
         (STAGE, 3.0 * trained * np.mean(np.sum(rows.where_BK, axis=1)) + validation_loss.TIMES * min(held_out, most)),
         ("evaluate", held_out + most + normalised[settings.training.normalise]),
     ]
-    return stage_run.Prepared(model, (data, train, rows), data.sizes, stages, notes=data.notes)
+    sizes = data.sizes | ({} if crowd is None else {"crowd comparisons": crowd.comparisons})
+    return stage_run.Prepared(model, (data, train, rows, crowd), sizes, [*first, *stages], notes=notes)
 
 
 def _check_soft_labels(settings: OwnRewardSettings) -> None:
@@ -74,16 +85,66 @@ def _check_soft_labels(settings: OwnRewardSettings) -> None:
         raise SettingError(f"--training.label-smoothing has no effect: {soft}; leave it out")
 
 
-def _train(
-    settings: OwnRewardSettings, job: engine.Engine, folder: pathlib.Path, prepared: stage_run.Prepared
-) -> stage_run.Trained:
-    """Trains the reward model, measures it on held-out comparisons and normalises its scores."""
-    del folder
-    model, (data, train, rows) = prepared.model, prepared.inputs
-    start = _trainable(settings, job, model)
-    planned = training.schedule(job, STAGE, len(rows.ranks_BK), settings)
+class Crowd(NamedTuple):
+    """The comparisons of preference-model pretraining."""
+
+    rows: types.Comparisons
+    """The rows that are trained on; with --pmp.binary, marked pairs."""
+    comparisons: int
+    """Number of prompts whose answers are compared."""
+
+
+def _phases(settings: OwnRewardSettings) -> tuple[OwnRewardSettings, OwnRewardSettings]:
+    """Returns the settings of preference-model pretraining and those of training on human comparisons."""
+    pmp = settings.pmp
+    rates = pmp.learning_rate, settings.learning_rate
+    if pmp.pretraining_rate is not None:
+        rates = 0.1 * pmp.pretraining_rate, 0.01 * pmp.pretraining_rate  # Bai et al. 2022, A.2
+    return (
+        dataclasses.replace(settings, learning_rate=rates[0], epochs=1, steps=None),
+        dataclasses.replace(settings, learning_rate=rates[1]),
+    )
+
+
+def _pretrain_preferences(
+    settings: OwnRewardSettings, job: engine.Engine, model: initial_model.InitialModel, rows: types.Comparisons
+) -> tuple[types.Params, dict[str, Any]]:
+    """Trains a preference model on a crowd's comparisons; returns it, with its head, and facts for results.json.
+
+    The vocabulary has two more tokens during this stage if ``rows`` contain control tokens.
+    """
+    own, key, cfg, params = _phases(settings)[0], jax.random.fold_in(job.key(STAGE), 1000), job.cfg, model.params
+    if settings.pmp.binary:
+        cfg = dataclasses.replace(cfg, vocab_size=cfg.vocab_size + 2, max_length=cfg.max_length + 1)
+        params = reward_stages.extend_embeddings(params, jax.random.fold_in(key, 1), cfg)
+    job = dataclasses.replace(job, cfg=cfg)
+    params = job.put_params(lm.with_head(jax.random.fold_in(key, 2), params, cfg))
+    start = training.trainable(settings.lora, cfg, params, jax.random.fold_in(key, 3))
+    planned = training.schedule(job, PMP, len(rows.ranks_BK), own, key=key)
+    batch_at, _ = _packed(own, job, rows, planned, model)
+    options: dict[str, Any] = {"planned": planned, "batch_at": batch_at, "rng": key}
+    trained = training.fit(job, PMP, _make_train_step(cfg), start, rows, own, **options)
+    facts = {"steps": planned.steps, "rows": len(rows.ranks_BK), "learning_rate": training.learning_rate(own)}
+    merged = start.merge(start.frozen, trained.params)
+    return reward_stages.truncate_embeddings(merged, model.cfg), facts | {"training_seconds": trained.seconds}
+
+
+def _make_train_step(cfg: lm.LMConfig, *, loss: Callable[..., jax.Array] = losses.ranking) -> Callable[..., Any]:
+    """Returns the function that makes the train step of `training.fit`."""
+    scores = partial(lm.packed_scores, cfg=cfg)
+    return partial(reward_model.make_train_step, partial(lm.score, cfg=cfg), packed_scores=scores, loss=loss)
+
+
+def _packed(
+    settings: OwnRewardSettings,
+    job: engine.Engine,
+    rows: types.Comparisons,
+    planned: training.Schedule,
+    model: initial_model.InitialModel,
+) -> tuple[Any, Any]:
+    """Returns what `comparisons.packed_batches` does for rows of comparisons."""
     mask_BKL = np.asarray(rows.mask_BKL) & np.asarray(rows.where_BK)[:, :, None]
-    batch_at, saving = comparisons.packed_batches(
+    return comparisons.packed_batches(
         settings,
         job.mesh,
         rows,
@@ -92,16 +153,30 @@ def _train(
         masks=[mask_BKL],
         pad_id=model.fmt.pad_id,
     )
+
+
+def _train(
+    settings: OwnRewardSettings, job: engine.Engine, folder: pathlib.Path, prepared: stage_run.Prepared
+) -> stage_run.Trained:
+    """Trains the reward model, measures it on held-out comparisons and normalises its scores."""
+    del folder
+    model, (data, train, rows, crowd) = prepared.model, prepared.inputs
     score = make_scorer(job, width=data.longest)
+    pretrained: dict[str, Any] = {}
+    if crowd is not None:
+        params, facts = _pretrain_preferences(settings, job, model, crowd.rows)
+        model = dataclasses.replace(model, params=params)
+        facts["accuracy"] = _accuracy(score, params, data.held_out)
+        pretrained = {"pmp": {"comparisons": crowd.comparisons, **facts}}
+        settings = _phases(settings)[1]
+    start = _trainable(settings, job, model, new_head=crowd is None)
+    planned = training.schedule(job, STAGE, len(rows.ranks_BK), settings)
+    mask_BKL = np.asarray(rows.mask_BKL) & np.asarray(rows.where_BK)[:, :, None]
+    batch_at, saving = _packed(settings, job, rows, planned, model)
     trained = training.fit(
         job,
         STAGE,
-        partial(
-            reward_model.make_train_step,
-            partial(lm.score, cfg=job.cfg),
-            packed_scores=partial(lm.packed_scores, cfg=job.cfg),
-            loss=reward_stages.make_loss(settings.training),
-        ),
+        _make_train_step(job.cfg, loss=reward_stages.make_loss(settings.training)),
         start,
         rows,
         settings,
@@ -132,18 +207,24 @@ def _train(
             {"stage": STAGE, "step": alarm.step, "name": alarm.name, "message": alarm.message}
             for alarm in _watch(settings, job, lambda text: None).alarms
         ],
+        **pretrained,
         "reward_model": facts | ({} if record is None else {"normalisation": dataclasses.asdict(record)}),
     }
     return stage_run.Trained(params, results, {"normalisation": record})
 
 
 def _trainable(
-    settings: OwnRewardSettings, job: engine.Engine, model: initial_model.InitialModel
+    settings: OwnRewardSettings, job: engine.Engine, model: initial_model.InitialModel, *, new_head: bool
 ) -> training.Trainable:
-    """Returns the parameters to train, with a new head."""
+    """Returns the parameters to train, with a new head unless the model's is to be trained on.
+
+    An ensemble of heads is always new.
+    """
     heads = None if settings.training.heads == 1 else settings.training.heads
     key = job.key(STAGE)
-    params = lm.with_head(jax.random.fold_in(key, 1), model.params, job.cfg, heads=heads)
+    params = model.params
+    if new_head or heads is not None:
+        params = lm.with_head(jax.random.fold_in(key, 1), params, job.cfg, heads=heads)
     if not settings.training.trains:
         return training.trainable(settings.lora, job.cfg, params, jax.random.fold_in(key, 2))
     try:
@@ -216,6 +297,14 @@ def _score_answers(score: Callable[..., np.ndarray], params: types.Params, rows:
     return scores_BK
 
 
+def _accuracy(score: Callable[..., np.ndarray], params: types.Params, held_out: comparisons.Encoded) -> list[float]:
+    """Returns the share of held-out pairs that a model orders as labelled, with its interval."""
+    scores_BK = _score_answers(score, params, held_out.rows)
+    b, i, j = reward_diagnosis.better_pairs(held_out.rows)
+    right_N = diagnostics.win_outcomes(scores_BK[b, i], scores_BK[b, j])
+    return list(diagnostics.clustered_mean(right_N, held_out.conversation_B[b].tolist(), rate=True))
+
+
 def _diagnose(
     score: Callable[..., np.ndarray], params: types.Params, train: comparisons.Encoded, data: comparisons.Data
 ) -> dict[str, Any]:
@@ -265,7 +354,10 @@ def table(results: dict[str, Any]) -> list[tuple[str, Any]]:
     """Returns the rows of the table that the command prints."""
     facts = results["reward_model"]
     bias, calibration = facts["length_bias"], facts["calibration"]
-    rows: list[tuple[str, Any]] = [
+    rows: list[tuple[str, Any]] = []
+    if "pmp" in results:
+        rows.append(("accuracy after PMP, before the human comparisons", results["pmp"]["accuracy"]))
+    rows += [
         (f"accuracy on {errors.counted(facts['held_out_pairs'], 'held-out pairs')}", facts["accuracy"]),
     ]
     if "gap" in facts:

@@ -95,7 +95,12 @@ def schedule(
 ) -> Schedule:
     """Returns the schedule of a stage on ``rows`` rows; notes batches that are smaller than --batch.
 
-    ``key`` shuffles the rows; by default, it is that of the stage.
+    Args:
+        run: The engine.
+        stage: Name of the stage.
+        rows: Number of rows.
+        settings: The settings of the command.
+        key: Random key of the order; by default, that of the stage.
     """
     batch = rows_per_step(settings, rows, run.mesh)
     if batch < settings.batch:

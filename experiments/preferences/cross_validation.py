@@ -20,8 +20,8 @@ import optax
 from launch import run_folder
 from recipe import human_comparisons, optimiser_choice, tasks
 
-from preferences import reward_baselines
-from preferences.reward_settings import CrossValidation
+from preferences import fold_pairs, reward_baselines, reward_stages
+from preferences.reward_settings import CrossValidation, Pretraining
 from rlhf_jax import lm, parallel, types
 from rlhf_jax.data import batching, chat, dialogues, errors, packing, tokenizers
 from rlhf_jax.train import loop, reward_model, sft
@@ -29,77 +29,16 @@ from rlhf_jax.train import state as state_lib
 from rlhf_jax.train.optim import schedules
 
 METHODS = ("reward_model", "tfidf", "shorter")
-
-
-@dataclasses.dataclass(frozen=True)
-class Encoded:
-    """Pairs as token ids: N prompts, N chosen answers and N rejected answers."""
-
-    prompts: list[list[int]]
-    answers: tuple[list[list[int]], list[list[int]]]
-
-    def __len__(self) -> int:
-        """Returns the number of pairs."""
-        return len(self.prompts)
-
-
-def encode(fmt: chat.ChatFormat, pairs: Sequence[human_comparisons.Pair], settings: CrossValidation) -> Encoded:
-    """Tokenises pairs. A long prompt keeps its last tokens; a long answer keeps its first tokens and its end-of-turn
-    token."""
-    counts = errors.DropCount(max_dropped=1.0)
-    turns = [pair.prompt for pair in pairs]
-    prompts, kept = chat.encode_prompts(fmt, turns, width=1 << 30, counts=counts)
-    assert len(kept) == len(pairs)
-    T = settings.response_width
-
-    def truncate(ids: list[int]) -> list[int]:
-        return ids if len(ids) <= T else [*ids[: T - 1], ids[-1]]
-
-    chosen, rejected = (
-        list(map(truncate, chat.encode_answers(fmt, turns, [getattr(pair, side) for pair in pairs])))
-        for side in ("chosen", "rejected")
-    )
-    return Encoded([ids[-settings.prompt_width :] for ids in prompts], (chosen, rejected))
-
-
-def pack_pairs(
-    pairs: Encoded,
-    rows: np.ndarray,
-    *,
-    width: int,
-    pad_id: int,
-    n_rows: int | None = None,
-    dropped: float = 0.0,
-    rng: np.random.Generator | None = None,
-) -> types.PackedComparisons:
-    """Packs the pairs with indices ``rows`` into ``n_rows`` rows (None: as many as needed) of ``width`` tokens.
-
-    With ``rng``, each token of a sequence except the last is dropped with probability ``dropped``.
-    """
-    sequences = []
-    for i in rows:
-        for answers in pairs.answers:
-            ids = np.array(pairs.prompts[i] + answers[i], np.int32)
-            if rng is not None:
-                ids = ids[np.append(rng.random(len(ids) - 1) >= dropped, True)]
-            sequences.append(ids)
-    batch = packing.pack(sequences, width=width, pad_id=pad_id, counts=errors.DropCount(), rows=n_rows)  # type: ignore[arg-type]
-    n = len(rows)
-    return types.PackedComparisons(
-        batch.tokens_BL,  # type: ignore[arg-type]
-        batch.segments_BL,  # type: ignore[arg-type]
-        jax.tree.map(lambda x: x.reshape(n, 2), batch.places),
-        np.tile(np.array([1, 2], np.int32), (n, 1)),  # type: ignore[arg-type]
-        np.ones((n, 2), bool),  # type: ignore[arg-type]
-    )
+THREE_PHASE = "three_phase"
+"""The reward model after preference-model pretraining; a further method if there is such a stage."""
 
 
 class Programs:
     """The jitted functions that all folds share."""
 
-    def __init__(self, settings: CrossValidation) -> None:
+    def __init__(self, settings: CrossValidation, pmp: Pretraining) -> None:
         """Builds the functions; each is compiled at its first call."""
-        self.settings = settings
+        self.settings, self.pmp = settings, pmp
         self.cfg = lm.LMConfig(
             vocab_size=settings.vocab_size,
             n_layers=settings.layers,
@@ -118,6 +57,12 @@ class Programs:
             optax.scale_by_adam(b2=0.98), optax.add_decayed_weights(settings.weight_decay), optax.scale(-1.0)
         )
         self.scores = jax.jit(scores)
+        self.pmp_cfg = self.cfg
+        if pmp.prompts and pmp.binary:  # two more tokens, which mark an answer as good or bad
+            self.pmp_cfg = dataclasses.replace(self.cfg, vocab_size=settings.vocab_size + 2)
+        marked = partial(lm.packed_scores, cfg=self.pmp_cfg)
+        step = reward_model.make_train_step(partial(lm.score, cfg=self.pmp_cfg), packed_scores=marked)
+        self.pretrain_preferences = parallel.jit_step(step)
 
 
 class Fold:
@@ -153,14 +98,21 @@ class Fold:
                 f"{self.name}: the training dialogues yield a vocabulary of {n} tokens instead of "
                 f"{self.settings.vocab_size}; set --cv.vocab-size to at most {n}"
             )
-        self.train_ids, self.test_ids = (encode(self.fmt, part, self.settings) for part in (self.train, self.test))
+        self.train_ids, self.test_ids = (
+            fold_pairs.encode(self.fmt, part, self.settings) for part in (self.train, self.test)
+        )
         self.steps = max(1, self.settings.epochs * len(self.train) // self.settings.batch)
+        self.pmp_batch = self.settings.batch * (2 if programs.pmp.binary else 1)
+        self.pmp_steps = 0
+        if programs.pmp.prompts:
+            self.pmp_steps = max(1, programs.pmp.prompts // self.settings.batch)
         self.steps_done = 0
 
     @property
     def total(self) -> int:
         """The number of training steps of the fold."""
-        return self.settings.pretrain_steps + self.settings.members * self.steps
+        arms = 2 if self.pmp_steps else 1
+        return self.settings.pretrain_steps + self.pmp_steps + arms * self.settings.members * self.steps
 
     def fit(self, stage: str, steps: int, **options: Any) -> Any:
         """Trains one model with checkpoints, and shows the progress of the fold."""
@@ -218,26 +170,60 @@ class Fold:
 
     @functools.cached_property
     def _rows(self) -> int:
-        """Number of packed rows: enough for any batch, and a multiple of 8, so that folds can share programs."""
+        """Number of packed rows that is enough for any batch of the reward models."""
         batches = [(self.train_ids, rows) for number in range(self.settings.members) for rows in self._order(number)]
         for pairs in (self.train_ids, self.test_ids):
-            batches += [(pairs, rows) for rows in _chunks(len(pairs), self.settings.batch)]
-        most = 0
-        for pairs, rows in batches:
-            lengths = [len(pairs.prompts[i]) + len(side[i]) for i in rows for side in pairs.answers]
-            most = max(most, 1 + max(row for row, _ in packing.best_fit(lengths, width=self.settings.row_width)))
-        # Best-fit packing may need one more row after tokens are dropped.
-        return -(-(most + 1) // 8) * 8
+            batches += [(pairs, rows) for rows in fold_pairs.chunks(len(pairs), self.settings.batch)]
+        return fold_pairs.rows_for(batches, self.settings.row_width)
 
-    def train_member(self, number: int, base: types.Params) -> types.Params:
-        """Trains a reward model from the base model; members differ in head, batch order and dropped tokens."""
+    def pretrain_preferences(self, base: types.Params) -> types.Params:
+        """Trains a preference model for one epoch on comparisons of training dialogues that need no labels.
+
+        In binarised form, the vocabulary has two more tokens during this stage, and a batch has twice as many pairs, so
+        that the number of steps is the same.
+        """
+        settings, pmp, cfg = self.settings, self.programs.pmp, self.programs.pmp_cfg
+        key = jax.random.fold_in(self.key, 1000)
+        seeds = np.asarray(jax.random.key_data(key)).tolist()
+        made = fold_pairs.compare_turns(self.train, pmp.prompts, np.random.default_rng(seeds))
+        pairs, params = fold_pairs.encode(self.fmt, made, settings), base
+        if pmp.binary:
+            n = settings.vocab_size
+            pairs = fold_pairs.mark(pairs, good_id=n, bad_id=n + 1, prompt_width=settings.prompt_width)
+            params = reward_stages.extend_embeddings(params, jax.random.fold_in(key, 1), cfg)
+        order = batching.epoch_batches(
+            0, n=len(pairs), batch_size=min(self.pmp_batch, len(pairs)), key=key, steps=self.pmp_steps
+        )
+        n_rows = fold_pairs.rows_for([(pairs, rows) for rows in order], settings.row_width)
+
+        def batch_at(i: int) -> types.PackedComparisons:
+            return fold_pairs.pack_pairs(
+                pairs, order[i], width=settings.row_width, pad_id=self.fmt.pad_id, n_rows=n_rows
+            )
+
+        rate = pmp.rate * settings.pretrain_learning_rate
+        state = self.fit(
+            "pmp",
+            self.pmp_steps,
+            train_step=self.programs.pretrain_preferences,
+            state=state_lib.create(lm.with_head(jax.random.fold_in(key, 2), params, cfg), self.programs.reward_tx),
+            batch_at=batch_at,
+            hyper_at=lambda i: _hyper(_warm_linear(rate, i, self.pmp_steps)),
+        )
+        return reward_stages.truncate_embeddings(state.params, self.programs.cfg)
+
+    def train_member(self, number: int, start: types.Params, *, stage: str = "member") -> types.Params:
+        """Trains a reward model from the base model or, with its head, from a preference model.
+
+        Members differ in batch order, dropped tokens and, if ``start`` has none, the head.
+        """
         settings = self.settings
         key = jax.random.fold_in(self.key, 1 + number)
         order = self._order(number)
         seeds = np.asarray(jax.random.key_data(key)).tolist()
 
         def batch_at(i: int) -> types.PackedComparisons:
-            return pack_pairs(
+            return fold_pairs.pack_pairs(
                 self.train_ids,
                 order[i],
                 width=settings.row_width,
@@ -247,26 +233,26 @@ class Fold:
                 rng=np.random.default_rng([*seeds, i]),
             )
 
-        def rate(i: int) -> Any:
-            warmup = schedules.constant_with_warmup(i, self.steps, warmup=min(20, self.steps // 4))
-            return settings.learning_rate * warmup * schedules.linear(i, self.steps)
-
-        params = lm.with_head(jax.random.fold_in(key, 0), base, self.programs.cfg)
+        params = start
+        if "head" not in start:
+            params = lm.with_head(jax.random.fold_in(key, 0), start, self.programs.cfg)
         state = self.fit(
-            f"member-{number}",
+            f"{stage}-{number}",
             self.steps,
             train_step=self.programs.reward,
             state=state_lib.create(params, self.programs.reward_tx),
             batch_at=batch_at,
-            hyper_at=lambda i: _hyper(rate(i)),
+            hyper_at=lambda i: _hyper(_warm_linear(settings.learning_rate, i, self.steps)),
         )
         return state.params
 
-    def score_margins(self, params: types.Params, pairs: Encoded) -> np.ndarray:
+    def score_margins(self, params: types.Params, pairs: fold_pairs.Encoded) -> np.ndarray:
         """Returns the score of each chosen answer minus the score of the rejected answer."""
         n, chunks = len(pairs), []
-        for rows in _chunks(n, self.settings.batch):
-            batch = pack_pairs(pairs, rows, width=self.settings.row_width, pad_id=self.fmt.pad_id, n_rows=self._rows)
+        parts, width = fold_pairs.chunks(n, self.settings.batch), self.settings.row_width
+        n_rows = max(self._rows, fold_pairs.rows_for([(pairs, rows) for rows in parts], width))
+        for rows in parts:
+            batch = fold_pairs.pack_pairs(pairs, rows, width=width, pad_id=self.fmt.pad_id, n_rows=n_rows)
             scores_BK = self.programs.scores(params, batch.tokens_RL, batch.segments_RL, batch.places_BK)
             chunks.append(np.asarray(scores_BK[:, 0] - scores_BK[:, 1], np.float64))
         margin_N = np.concatenate(chunks)[:n]
@@ -274,29 +260,59 @@ class Fold:
             raise loop.DivergedError(f"{self.name}: {(~np.isfinite(margin_N)).sum()} of {n} scores are not finite")
         return margin_N
 
+    def _train_ensemble(self, start: types.Params, *, stage: str) -> dict[str, Any]:
+        """Trains all members; returns their margins on test pairs, each and on average, and the training accuracy."""
+        test, train = [], []
+        for number in range(self.settings.members):
+            params = self.train_member(number, start, stage=stage)
+            test.append(self.score_margins(params, self.test_ids))
+            train.append(self.score_margins(params, self.train_ids))
+        return {
+            "margins": np.mean(test, axis=0).tolist(),
+            "members": [margin_N.tolist() for margin_N in test],
+            "train_accuracy": float(np.mean(np.mean(train, axis=0) > 0)),
+        }
+
+    def _run_three_phases(self, base: types.Params) -> dict[str, Any]:
+        """Trains the reward models that start from a preference model, and measures that model before.
+
+        ``accuracy`` is that on the test pairs, and ``own_accuracy`` that on comparisons without labels of the test
+        dialogues. Both are of answers without control tokens, which a model of marked pairs has not seen.
+        """
+        start = self.pretrain_preferences(base)
+        seeds = np.asarray(jax.random.key_data(jax.random.fold_in(self.key, 1001))).tolist()
+        conversations = human_comparisons.conversation_ids(self.test).max() + 1
+        before = {"accuracy": float(np.mean(self.score_margins(start, self.test_ids) > 0))}
+        if conversations > 1:
+            made = fold_pairs.compare_turns(self.test, len(self.test), np.random.default_rng(seeds))
+            margin_N = self.score_margins(start, fold_pairs.encode(self.fmt, made, self.settings))
+            before["own_accuracy"] = float(np.mean(margin_N > 0))
+        found = self._train_ensemble(start, stage="tuned")
+        return {
+            THREE_PHASE: found.pop("margins"),
+            f"{THREE_PHASE}_train_accuracy": found["train_accuracy"],
+            "pmp": before,
+        }
+
     def run(self) -> dict[str, Any]:
         """Trains all models; returns each method's margins on test pairs, and the accuracies on training pairs."""
         base = self.train_base()
-        test, train = [], []
-        for number in range(self.settings.members):
-            params = self.train_member(number, base)
-            test.append(self.score_margins(params, self.test_ids))
-            train.append(self.score_margins(params, self.train_ids))
+        found = self._train_ensemble(base, stage="member")
         tfidf = reward_baselines.TfidfChoice(self.train, seed=self.seed)
         return {
-            "reward_model": np.mean(test, axis=0).tolist(),
-            "members": [margin_N.tolist() for margin_N in test],
+            "reward_model": found.pop("margins"),
+            **found,
             "tfidf": tfidf(self.test).tolist(),
             "shorter": reward_baselines.shorter_wins(self.test).tolist(),
-            "train_accuracy": float(np.mean(np.mean(train, axis=0) > 0)),
             "tfidf_strength": tfidf.strength,
             "tfidf_train_accuracy": float(np.mean(tfidf(self.train) > 0)),
+            **(self._run_three_phases(base) if self.pmp_steps else {}),
         }
 
 
-def _chunks(n: int, size: int) -> list[np.ndarray]:
-    """Splits ``range(n)`` into chunks of equal size; the last chunk repeats the last index."""
-    return [np.minimum(np.arange(start, start + size), n - 1) for start in range(0, n, size)]
+def _warm_linear(peak: float, i: int, steps: int) -> Any:
+    """Returns a rate that rises over at most 20 steps to ``peak`` and falls linearly to 0."""
+    return peak * schedules.constant_with_warmup(i, steps, warmup=min(20, steps // 4)) * schedules.linear(i, steps)
 
 
 def _hyper(rate: Any) -> dict[str, Any]:
@@ -311,12 +327,22 @@ def cross_validate(
     seed: int,
     folder: run_folder.RunFolder,
     progress: Any,
+    pmp: Pretraining,
 ) -> list[dict[str, Any]]:
     """Returns the results of each fold; finished folds are restored.
 
     Margins are in the order of `human_comparisons.fold_indices`.
+
+    Args:
+        pairs: The pairs.
+        settings: Settings of the models.
+        folds: Number of folds.
+        seed: Seed of the folds and the models.
+        folder: The run folder.
+        progress: Shows the progress of the folds.
+        pmp: Settings of preference-model pretraining, which adds a second ensemble unless ``pmp.prompts`` is 0.
     """
-    programs = Programs(settings)
+    programs = Programs(settings, pmp)
     results = []
     group_N = human_comparisons.conversation_ids(pairs, warn=partial(folder.note, "data"))
     for number, test in enumerate(human_comparisons.fold_indices(group_N, folds, seed=seed), start=1):

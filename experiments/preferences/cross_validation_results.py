@@ -18,7 +18,13 @@ from rlhf_jax.data import dialogues
 from rlhf_jax.report import console, plots
 from rlhf_jax.report import results as results_lib
 
-METHOD_NAMES = {"reward_model": "reward model", "tfidf": "TF-IDF regression", "shorter": "shorter wins"}
+THREE_PHASE = cross_validation.THREE_PHASE
+METHOD_NAMES = {
+    "reward_model": "reward model",
+    THREE_PHASE: "reward model after PMP",
+    "tfidf": "TF-IDF regression",
+    "shorter": "shorter wins",
+}
 
 
 def over_groups(values_N: np.ndarray, group_N: np.ndarray, *, rate: bool) -> list[float]:
@@ -93,28 +99,32 @@ def summary(
     group_N = human_comparisons.conversation_ids(pairs)
     tested = human_comparisons.fold_indices(group_N, len(folds), seed=seed)
     margins: dict[str, np.ndarray] = {}
-    for method in cross_validation.METHODS:
+    three_phase = [THREE_PHASE] if THREE_PHASE in folds[0] else []
+    names = [*cross_validation.METHODS, *three_phase]
+    for method in names:
         margins[method] = np.zeros(len(pairs))
         for test, fold in zip(tested, folds):
             margins[method][test] = fold[method]
     outcome = {m: diagnostics.win_outcomes(x, np.zeros(len(x))) for m, x in margins.items()}
     differences = {
-        m: over_groups(outcome["reward_model"] - outcome[m], group_N, rate=False) for m in ("tfidf", "shorter")
+        m: over_groups(outcome["reward_model"] - outcome[m], group_N, rate=False) for m in names if m != "reward_model"
     }
     # Both margins are log odds and can be added. The sum is more accurate than the regression alone if the reward
     # model adds information.
     together = margins["reward_model"] + margins["tfidf"]
     gain = diagnostics.win_outcomes(together, np.zeros(len(together))) - outcome["tfidf"]
     members = np.concatenate([np.asarray(fold["members"]) for fold in folds], axis=1).ravel()
-    methods: dict[str, Any] = {m: _facts(margins[m], group_N) for m in ("reward_model", "tfidf")}
+    methods: dict[str, Any] = {m: _facts(margins[m], group_N) for m in ("reward_model", *three_phase, "tfidf")}
     methods["shorter"] = {"accuracy": over_groups(outcome["shorter"], group_N, rate=True)}
     sizes = np.array([len(test) for test in tested])
     turn_N = np.array([1 + sum(t.role == dialogues.ASSISTANT for t in pair.prompt) for pair in pairs])
+    turns = turn_groups(turn_N)
+    pretrained = {"pmp": _pretraining(folds, outcome, {"all": turn_N > 0} | turns, group_N)} if three_phase else {}
     return {
         "pairs": len(pairs),
         "clusters": {"cross-validation": len(np.unique(group_N))},
         "folds": [
-            {m: float(outcome[m][test].mean()) for m in cross_validation.METHODS}
+            {m: float(outcome[m][test].mean()) for m in names}
             | {name: fold[name] for name in ("train_accuracy", "tfidf_train_accuracy", "tfidf_strength")}
             for test, fold in zip(tested, folds)
         ],
@@ -124,8 +134,36 @@ def summary(
         "single_member_accuracy": float(diagnostics.win_outcomes(members, np.zeros(len(members))).mean()),
         "train_accuracy": float(np.average([fold["train_accuracy"] for fold in folds], weights=len(pairs) - sizes)),
         "agreement_with_tfidf": float(np.mean(outcome["reward_model"] == outcome["tfidf"])),
-        "by_turn": accuracy_by_group(turn_groups(turn_N), margins, group_N),
+        "by_turn": accuracy_by_group(turns, margins, group_N),
         "by_length": accuracy_by_group(_length_groups(pairs), margins, group_N),
+        **pretrained,
+    }
+
+
+def _pretraining(
+    folds: Sequence[Mapping[str, Any]],
+    outcome: Mapping[str, np.ndarray],
+    groups: Mapping[str, np.ndarray],
+    group_N: np.ndarray,
+) -> dict[str, Any]:
+    """Returns what preference-model pretraining adds to the accuracy, in all and by group, and facts about it.
+
+    Args:
+        folds: The results of the folds.
+        outcome: 1 for each pair that a method orders as labelled, else 0.
+        groups: Masks of the pairs.
+        group_N: The conversation of each pair.
+    """
+    gain_N, sizes = outcome[THREE_PHASE] - outcome["reward_model"], [len(fold[THREE_PHASE]) for fold in folds]
+    facts = {name: [fold["pmp"].get(name) for fold in folds] for name in folds[0]["pmp"]}
+    return {
+        "gain": [
+            {"group": name, "pairs": int(where_N.sum()), "clusters": len(np.unique(group_N[where_N]))}
+            | {"gain": over_groups(gain_N[where_N], group_N[where_N], rate=False)}
+            for name, where_N in groups.items()
+            if where_N.any()
+        ],
+        **{name: float(np.average(x, weights=sizes)) for name, x in facts.items() if None not in x},
     }
 
 
@@ -162,6 +200,7 @@ def _methods_table(results: Mapping[str, Any]) -> Table:
 
 def groups_table(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str] = METHOD_NAMES) -> Table:
     """Returns a table of each method's accuracy on groups of pairs; ``names`` maps methods to column titles."""
+    names = {m: title for m, title in names.items() if m in rows[0]}
     table = console.NumbersTable("pairs", "n", *names.values())
     for row in rows:
         mark = results_lib.ROUGH_MARK * results_lib.is_rough(row)
@@ -169,10 +208,21 @@ def groups_table(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str] = M
     return table
 
 
+def _gain_table(pmp: Mapping[str, Any]) -> Table:
+    """Returns a table of the accuracy that preference-model pretraining adds, in points."""
+    table = console.NumbersTable("pairs", "n", "accuracy after PMP − without, points")
+    for row in pmp["gain"]:
+        mark = results_lib.ROUGH_MARK * results_lib.is_rough(row)
+        table.add_row(row["group"] + mark, str(row["pairs"]), _percent(row["gain"], signed=True))
+    return table
+
+
 def titled_tables(results: Mapping[str, Any]) -> list[tuple[str, Table]]:
     """Returns the tables of the terminal output and the report, with their headings."""
+    pretrained = [("Preference-model pretraining", _gain_table(results["pmp"]))] if "pmp" in results else []
     return [
         ("Methods", _methods_table(results)),
+        *pretrained,
         ("Accuracy by turn", groups_table(results["by_turn"])),
         ("Accuracy by length", groups_table(results["by_length"])),
     ]

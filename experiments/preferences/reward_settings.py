@@ -55,22 +55,27 @@ class Training(RewardLoss):
 
 @dataclasses.dataclass(frozen=True)
 class Pretraining:
-    """Preference-model pretraining (PMP) on comparisons by a crowd, before training on those by labelers (HH A.2)."""
+    """Preference-model pretraining (PMP) before training on the labelers' comparisons (HH A.2)."""
 
     prompts: int = 0
-    """Number of prompts for PMP, whose answers a simulated crowd ranks; 0 disables PMP."""
+    """Number of prompts for PMP, whose answers a simulated crowd ranks; 0 disables PMP. With --folds, number of
+    comparisons without labels: an assistant turn of a training dialogue and a turn of another conversation. A second
+    ensemble is then trained after PMP."""
     agreement: float = 0.6
-    """Agreement rate of two crowd members; lower than the labelers' rate, so that the data is noisier."""
+    """Agreement rate of two crowd members; lower than the labelers' rate, so that the data is noisier. Not for
+    --folds."""
     polite_taste: float = 0.5
-    """Utility that the crowd assigns to four polite words; larger than for the labelers, so that preferences differ."""
+    """Utility that the crowd assigns to four polite words; larger than for the labelers, so that preferences differ.
+    Not for --folds."""
     binary: bool = True
     """Replace each pair A > B with GOOD:A > BAD:A and BAD:B > GOOD:B, which start with control tokens. If off, train on
     the rankings."""
     rate: float = 0.1
-    """Learning rate of PMP as a multiple of --pretrain.learning-rate (0.1 in HH)."""
+    """Learning rate of PMP as a multiple of --pretrain.learning-rate or, with --folds, --cv.pretrain-learning-rate (0.1
+    in HH)."""
     tuning_rate: float | None = 0.01
     """Learning rate on the labelers' comparisons after PMP, as a multiple of --pretrain.learning-rate (0.01 in HH);
-    None uses --reward-model.learning-rate."""
+    None uses --reward-model.learning-rate. Not for --folds, where both ensembles use --cv.learning-rate."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +128,8 @@ class RewardSettings(settings_lib.Settings):
     command: ClassVar[str] = "reward_model"
 
     folds: int = 0
-    """Number of folds for cross-validating a model and two baselines on --data.path. 0 trains a single model."""
+    """Number of folds for cross-validating a model and two baselines on --data.path. 0 trains a single model. With
+    --pmp.prompts, a model after preference-model pretraining is compared on the same folds."""
     training: Training = dataclasses.field(default_factory=Training)
     pmp: Pretraining = dataclasses.field(default_factory=Pretraining)
     cv: CrossValidation = dataclasses.field(default_factory=CrossValidation)
@@ -165,7 +171,15 @@ def _check_pattern(settings: RewardSettings) -> None:
 
 
 _OF_A_SINGLE_MODEL = ("on_alarm", "saves", "max_skipped", "world", "net", "pretrain", "sft", "comparisons", "training")
-_OF_A_SINGLE_MODEL += ("reward_model", "pmp", "data.vocab_size", "data.prompt_width", "data.response_width")
+_OF_A_SINGLE_MODEL += (
+    "reward_model",
+    "pmp.agreement",
+    "pmp.polite_taste",
+    "pmp.tuning_rate",
+    "data.vocab_size",
+    "data.prompt_width",
+    "data.response_width",
+)
 _OF_A_SINGLE_MODEL += ("data.held_out", "data.demonstrations", "data.prompts", "data.pretraining", "compute")
 
 
@@ -235,7 +249,8 @@ def check(settings: RewardSettings) -> None:
     if training.trains:
         _check_pattern(settings)
     require(pmp.prompts >= 0, settings, "pmp.prompts", "at least 0")
-    require(not pmp.prompts or settings.data.path is None, settings, "pmp.prompts", "left out with --data.path")
+    built_in = folds or settings.data.path is None
+    require(not pmp.prompts or built_in, settings, "pmp.prompts", "left out with --data.path, but for --folds")
     require(not pmp.prompts or settings.model is None, settings, "pmp.prompts", "left out with --model")
     require(0.5 < pmp.agreement < 1, settings, "pmp.agreement", "above 0.5 and below 1")
     for name, value in (("rate", pmp.rate), ("tuning_rate", pmp.tuning_rate)):

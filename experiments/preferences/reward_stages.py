@@ -158,7 +158,8 @@ def pretrain_preference_model(job: jobs.Job, settings: RewardSettings, policy: t
 
 def extend_embeddings(params: types.Params, key: jax.Array, cfg: lm.LMConfig) -> types.Params:
     """Adds newly initialised rows for the token ids and positions that only ``cfg`` has."""
-    fresh = lm.init(key, cfg)
+    drawn = ("embed/", "unembed/")  # the layers of a large model need not be drawn
+    fresh = lm.params.draw(key, {name: spec for name, spec in lm.params.table(cfg).items() if name.startswith(drawn)})
     n = params["embed"]["tokens"].shape[0]
     embed = {name: jnp.concatenate([rows, fresh["embed"][name][len(rows) :]]) for name, rows in params["embed"].items()}
     extended = {**params, "embed": embed}

@@ -16,11 +16,11 @@ import pytest
 import reward_model as script
 from launch import run_folder
 from launch import settings as settings_lib
-from preferences import cross_validation, cross_validation_results, reward_settings, reward_stages
+from preferences import cross_validation_results, fold_pairs, reward_settings, reward_stages
 from recipe import human_comparisons
 
-from rlhf_jax import lm
-from rlhf_jax.data import dialogues, errors
+from rlhf_jax import diagnostics, lm, types
+from rlhf_jax.data import comparison_transforms, dialogues, errors
 
 WORDS = ("apple", "bridge", "candle", "desk", "eagle", "forest", "garden", "harbour", "island", "jungle")
 
@@ -202,12 +202,12 @@ def test_truncation_keeps_the_end_of_prompts_and_the_end_of_turn_tokens(tmp_path
 
     fmt = chat.chat_format(tokenizers.train_bpe([p.chosen + p.rejected for p in pairs], vocab_size=280))
     settings = reward_settings.CrossValidation(prompt_width=5, response_width=4, vocab_size=280)
-    encoded = cross_validation.encode(fmt, pairs, settings)
+    encoded = fold_pairs.encode(fmt, pairs, settings)
     assert {len(ids) for ids in encoded.prompts} == {5}
     assert {len(ids) for side in encoded.answers for ids in side} == {4}
     end = fmt.stop_ids[0]
     assert all(ids[-1] == end for side in encoded.answers for ids in side)
-    batch = cross_validation.pack_pairs(
+    batch = fold_pairs.pack_pairs(
         encoded, np.arange(6), width=9, pad_id=fmt.pad_id, dropped=0.5, rng=np.random.default_rng(0)
     )
     ends = np.asarray(batch.tokens_RL)[np.asarray(batch.places_BK.row), np.asarray(batch.places_BK.end)]
@@ -215,11 +215,12 @@ def test_truncation_keeps_the_end_of_prompts_and_the_end_of_turn_tokens(tmp_path
     assert (np.asarray(batch.segments_RL) > 0).sum() < 6 * 2 * 9 * 0.75
 
 
-def test_cross_validation_runs_end_to_end_and_resumes(tmp_path):
+@pytest.mark.parametrize("pmp", [(), ("--pmp.prompts", "50")], ids=["one-phase", "three-phase"])
+def test_cross_validation_runs_end_to_end_and_resumes(pmp, tmp_path):
     pytest.importorskip("sklearn")
     path, out = write(tmp_path / "pairs.jsonl"), tmp_path / "run"
     printed = io.StringIO()
-    arguments = ["--preset", "smoke", "--data.path", str(path), "--folds", "2", "--out", str(out)]
+    arguments = ["--preset", "smoke", "--data.path", str(path), "--folds", "2", "--out", str(out), *pmp]
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         script.main(arguments)
     results = json.loads((out / "results.json").read_text())
@@ -227,6 +228,15 @@ def test_cross_validation_runs_end_to_end_and_resumes(tmp_path):
     mean, low, high = results["methods"]["reward_model"]["accuracy"]
     assert 0 <= low <= mean <= high <= 1
     assert "<svg" in (out / "report.html").read_text() and "fold-2" in printed.getvalue()
+    if pmp:
+        one, three = (results["methods"][m]["accuracy"][0] for m in ("reward_model", "three_phase"))
+        gains = {row["group"]: row["gain"] for row in results["pmp"]["gain"]}
+        assert list(gains) == ["all", "turn 1"] and gains["all"][0] == pytest.approx(three - one)
+        assert gains["all"][1] <= gains["all"][0] <= gains["all"][2]
+        assert 0 <= results["pmp"]["own_accuracy"] <= 1 and "three_phase" in results["by_turn"][0]
+        assert "accuracy after PMP" in printed.getvalue() and "reward model after PMP" in printed.getvalue()
+    else:
+        assert "pmp" not in results and "PMP" not in printed.getvalue()
     # Without results.json, the run resumes from its checkpoints and computes the same results.
     (out / "results.json").unlink()
     (out / "fold-2.json").unlink()
@@ -237,6 +247,69 @@ def test_cross_validation_runs_end_to_end_and_resumes(tmp_path):
     assert {k: v for k, v in again.items() if k not in varying} == {
         k: v for k, v in results.items() if k not in varying
     }
+
+
+def dialogue_pairs():
+    """Pairs of four conversations; the first has two turns, and its first turn is the prompt of another pair."""
+    first = (dialogues.Turn("user", "Who?"),)
+    later = (*first, dialogues.Turn("assistant", "Me."), dialogues.Turn("user", "Why?"))
+    pairs = [human_comparisons.Pair(first, "Me.", "You."), human_comparisons.Pair(later, "So.", "No.")]
+    return pairs + [human_comparisons.Pair((dialogues.Turn("user", f"{i}?"),), f"a{i}", f"b{i}") for i in range(3)]
+
+
+def test_comparisons_without_labels_have_a_turn_of_another_conversation_and_ignore_the_labels():
+    pairs = dialogue_pairs()
+    turns = fold_pairs.assistant_turns(pairs)
+    assert len(turns) == 4 + 6, "a turn that is in two dialogues counts once"
+    assert len({conversation for *_, conversation in turns}) == 4
+    own = {(prompt, text): conversation for prompt, text, conversation in turns}
+    of_text = {text: conversation for _, text, conversation in turns}
+    made = fold_pairs.compare_turns(pairs, 25, np.random.default_rng(0))
+    assert len(made) == 25
+    for pair in made:
+        assert own[pair.prompt, pair.chosen] != of_text[pair.rejected]
+    assert len({(pair.prompt, pair.chosen) for pair in made[:10]}) == 10, "each turn is used before one is repeated"
+    swapped = [human_comparisons.Pair(pair.prompt, pair.rejected, pair.chosen) for pair in pairs]
+    assert {turn[:2] for turn in fold_pairs.assistant_turns(swapped)} == set(own)
+    with pytest.raises(ValueError, match="at least two conversations"):
+        fold_pairs.compare_turns(pairs[:1], 5, np.random.default_rng(0))
+
+
+def test_marked_pairs_are_those_of_the_control_tokens():
+    """The list form and `comparison_transforms.add_control_tokens` give the same sequences in the same order."""
+    prompts, answers = [[4], [5, 6, 7]], ([[10, 2], [11, 12, 2]], [[13, 14, 2], [15, 2]])
+    marked = fold_pairs.mark(fold_pairs.Encoded(prompts, answers), good_id=20, bad_id=21, prompt_width=3)
+    P, T = 3, 3
+    tokens = np.zeros((2, 2, P + T), np.int32)
+    for b, ids in enumerate(prompts):
+        tokens[b, :, P - len(ids) : P] = ids
+        for k in range(2):
+            tokens[b, k, P : P + len(answers[k][b])] = answers[k][b]
+    batch = types.Comparisons(tokens, tokens > 0, np.array([[1, 2]] * 2), np.ones((2, 2), bool))  # type: ignore[arg-type]
+    rows = comparison_transforms.add_control_tokens(batch, good_id=20, bad_id=21, column=P)
+    for i in range(4):
+        for k in range(2):
+            expected = np.asarray(rows.tokens_BKL)[i, k][np.asarray(rows.mask_BKL)[i, k]].tolist()
+            found = marked.prompts[i] + marked.answers[k][i]
+            assert found == expected[max(0, len(prompts[i // 2]) - P + 1) :], "a full prompt loses its first token"
+
+
+def test_the_gain_of_pretraining_is_paired_by_pair_and_clustered_by_conversation():
+    pairs = [human_comparisons.Pair((dialogues.Turn("user", f"q{i // 2}"),), "a", "bb") for i in range(20)]
+    rng = np.random.default_rng(0)
+    group_N = human_comparisons.conversation_ids(pairs)
+    one, three = rng.normal(size=(2, 20)) + np.array([[0.0], [1.0]])
+    folds = []
+    for test in human_comparisons.fold_indices(group_N, 2, seed=0):
+        margins = {"reward_model": one[test].tolist(), "three_phase": three[test].tolist()}
+        margins |= {"tfidf": [1.0] * len(test), "shorter": [0.0] * len(test), "members": [one[test].tolist()]}
+        facts = {"train_accuracy": 0.75, "tfidf_train_accuracy": 1.0, "tfidf_strength": 0.1}
+        folds.append(margins | facts | {"pmp": {"accuracy": 0.5, "own_accuracy": 0.75}})
+    pmp = cross_validation_results.summary(pairs, folds, seed=0)["pmp"]
+    gain_N = (three > 0) * 1.0 - (one > 0)
+    assert [row["group"] for row in pmp["gain"]] == ["all", "turn 1"] and pmp["own_accuracy"] == 0.75
+    assert pmp["gain"][0]["gain"] == pytest.approx(list(diagnostics.clustered_mean(gain_N, group_N.tolist())))
+    assert pmp["gain"][0]["clusters"] == 10
 
 
 def test_embeddings_are_extended_and_truncated_again():
@@ -278,6 +351,12 @@ def refused(*arguments):
         (("--training.trains", "("), "--training.trains: '(' is not a regular expression"),
         (("--data.path", "x", "--folds", "2", "--cv.heads", "3"), "--cv.heads is 3"),
         (("--pmp.prompts", "9", "--pmp.agreement", "0.4"), "--pmp.agreement is 0.4"),
+        (("--data.path", "x", "--pmp.prompts", "9"), "--pmp.prompts is 9; it must be left out with --data.path, but"),
+        (
+            ("--data.path", "x", "--folds", "2", "--pmp.prompts", "9", "--pmp.tuning-rate", "0.1"),
+            "--pmp.tuning-rate has no effect with --folds",
+        ),
+        (("--data.path", "x", "--folds", "2", "--pmp.rate", "1"), "--pmp.rate has no effect without --pmp.prompts"),
     ],
 )
 def test_invalid_settings_are_refused_by_flag(tmp_path, arguments, message):

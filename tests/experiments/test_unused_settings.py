@@ -170,6 +170,7 @@ MORE: list[Variant] = [
     ("reward_model", "normalised on policy", (), {"training.normalise": "policy"}),
     ("reward_model", "pmp rankings", (), {"pmp.prompts": 30, "pmp.binary": False, "pmp.tuning_rate": None}),
     ("reward_model", "folds", (FILE,), {"folds": 2}),
+    ("reward_model", "folds pmp", (FILE,), {"folds": 2, "pmp.prompts": 30}),
     *(("compare", name, (), {"seeds": 1, "methods": (name,)}) for name in compare.METHODS),
     ("sweep", "grpo", (), GROUP | {"ppo.method": "grpo", "seeds": 1}),
     ("dpo_vs_ppo", "exact", (), {"parts": ("exact",)}),

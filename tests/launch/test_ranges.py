@@ -27,8 +27,16 @@ COMMANDS = {
     "sft": (sft, ["--model", "tiny", "--data.path", "f"]),
     "reward_model": (reward_model, ["--model", "m", "--data.path", "f"]),
     "reward_model-lora": (reward_model, ["--model", "m", "--data.path", "f", "--lora.rank", "2"]),
+    "reward_model-pmp": (
+        reward_model,
+        ["--model", "m", "--data.path", "f", "--pmp.path", "c", "--pmp.learning-rate", "0.1"],
+    ),
+    "reward_model-pmp-rate": (
+        reward_model,
+        ["--model", "m", "--data.path", "f", "--pmp.path", "c", "--pmp.pretraining-rate", "0.1"],
+    ),
     "reward_model-world": (reward_model, ["--pmp.prompts", "9"]),
-    "reward_model-folds": (reward_model, ["--folds", "2", "--data.path", "f"]),
+    "reward_model-folds": (reward_model, ["--folds", "2", "--data.path", "f", "--pmp.prompts", "9"]),
     "ppo": (ppo, ["--policy", "p", "--prompts", "f", "--reward-model", "r", "--reward-weights", "1", "--ptx", "f"]),
     "ppo-optional": (
         ppo,

@@ -1,0 +1,1 @@
+"""Claims about preference models: pretraining, imitation, turns, calibration and high scores."""
