@@ -186,3 +186,14 @@ def of_domain(rows: types.Comparisons, domain: domains.Domain) -> types.Comparis
     """Returns the pairs of one domain."""
     own_B = np.asarray(rows.domain_B) == domains.DOMAINS.index(domain)
     return jax.tree.map(lambda x: x[own_B], rows)
+
+
+def first(rows: types.Comparisons, counts: Mapping[domains.Domain, int]) -> types.Comparisons:
+    """Returns the first pairs of each domain; raises ValueError if a domain has fewer."""
+    parts = []
+    for domain, count in counts.items():
+        own = of_domain(rows, domain)
+        if (n := len(own.ranks_BK)) < count:
+            raise ValueError(f"the {domain} domain has {n} pairs, not {count}")
+        parts.append(jax.tree.map(lambda x, count=count: x[:count], own))
+    return merge(parts)

@@ -57,7 +57,7 @@ def train(
     order = batching.epoch_batches(0, n=n, batch_size=batch, key=key, steps=steps)
     head_key = jax.random.fold_in(job.key("reward_model"), 1)  # the same in all rounds
     params = lm.with_head(head_key, start, job.cfg, heads=len(domains.DOMAINS) if separate else None)
-    weights = {} if harmless_weight == 1 else {"domain_weights": domain_weights(rows, harmless_weight=harmless_weight)}
+    weights = {} if len(np.unique(rows.domain_B)) == 1 else {"domain_weights": domain_weights(rows, harmless_weight)}
 
     def hyper_at(i: int) -> dict[str, Any]:
         return {**stages.hyper(settings.learning_rate * schedules.cosine(i, steps)), **weights}
@@ -74,8 +74,8 @@ def train(
     return lm.heads.absorb_gain(state.params)
 
 
-def domain_weights(rows: types.Comparisons, *, harmless_weight: float) -> jax.Array:
-    """Returns the weights of the domains' mean losses with which a harmlessness pair has this weight in the loss."""
+def domain_weights(rows: types.Comparisons, harmless_weight: float) -> jax.Array:
+    """Returns the weights of the domains' mean losses with which a harmlessness pair has this weight on average."""
     share = float(np.mean(np.asarray(rows.domain_B) == domains.DOMAINS.index("harmless")))
     return jnp.array([1 - share, harmless_weight * share], jnp.float32)
 

@@ -134,11 +134,15 @@ def run(
     named = {START: start} | {f"round {r}": each[-1] for r, each in enumerate(snapshots, start=1)}
     static_reward, static_pairs = None, 0
     if online.static and len(sets) > 1:
-        # As many pairs that the labelers do not find equal as the rounds have.
-        wanted = len(comparison_sets.merge([each.train for each in sets]).ranks_BK)
+        # As many pairs of each domain that the labelers do not find equal as the rounds have.
+        wanted = comparison_sets.merge([each.train for each in sets])
         more = collect([comparison_sets.policy_answers(job, start)], _STATIC_SET, online.pairs * len(sets))
         rows = comparison_sets.merge([sets[0].train, more.train])
-        rows = jax.tree.map(lambda x: x[:wanted], rows)
+        counts, available = (
+            {each: len(comparison_sets.of_domain(part, each).ranks_BK) for each in domains.DOMAINS}
+            for part in (wanted, rows)
+        )
+        rows = comparison_sets.first(rows, {each: min(counts[each], available[each]) for each in domains.DOMAINS})
         static_pairs = len(rows.ranks_BK)
         static_reward, found = train(rows, "static", _STATIC_SET)
         named[STATIC] = found[-1]

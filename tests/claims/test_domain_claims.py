@@ -130,7 +130,7 @@ def test_a_claim_is_rarely_shown_without_an_effect(name):
 def test_saturation_is_where_nine_tenths_of_the_gain_are_reached():
     at = np.array(c21_helpful_policies.AT, float)
     assert c21_helpful_policies.saturation(np.minimum(at, 10.0)) == pytest.approx(9.0)
-    assert c21_helpful_policies.saturation(0.3 - np.minimum(at, 4.0)) == pytest.approx(3.6)  # falling utility counts
+    assert c21_helpful_policies.saturation(0.3 - np.minimum(at, 4.0)) == at[-1], "without a gain, nothing saturates"
 
 
 def test_skill_pairs_have_one_right_answer_in_random_places():
@@ -140,9 +140,14 @@ def test_skill_pairs_have_one_right_answer_in_random_places():
     class Some:
         settings, task = trial.settings_of(3), Task()
 
-    rows = c46_skill_mixing.skill_pairs(Some(), 400, seed=0, flipped=0.25)  # type: ignore[arg-type]
+    rows = c46_skill_mixing.skill_pairs(Some(), 400, held_out=False, flipped=0.25)  # type: ignore[arg-type]
     tokens, mask, ranks = (np.asarray(x) for x in (rows.tokens_BKL, rows.mask_BKL, rows.ranks_BK))
     assert 0.4 < np.mean(ranks[:, 0] == 1) < 0.6 and (ranks.sum(axis=1) == 3).all()
+    texts = [
+        {each.text for each in c46_skill_mixing.problems(Some(), 400, held_out=held_out)}  # type: ignore[arg-type]
+        for held_out in (False, True)
+    ]
+    assert not texts[0] & texts[1]
     words = [
         [" ".join(lexicon.VOCABULARY[t] for t in tokens[b, k][mask[b, k]]) for k in range(2)]
         for b in range(len(tokens))

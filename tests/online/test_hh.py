@@ -116,6 +116,16 @@ def fake_features(monkeypatch):
     monkeypatch.setattr(labelers, "features", of)
 
 
+def test_the_first_pairs_of_each_domain_are_taken_and_a_shortage_is_an_error():
+    tokens = np.arange(6)[:, None, None] * np.ones((6, 2, 4))
+    rows = types.Comparisons(tokens, tokens, np.ones((6, 2)), np.ones((6, 2)))
+    rows = dataclasses.replace(rows, domain_B=np.array([1, 0, 0, 1, 1, 0]))
+    found = comparison_sets.first(rows, {"helpful": 2, "harmless": 1})
+    assert found.tokens_BKL[:, 0, 0].tolist() == [1, 2, 0] and found.domain_B.tolist() == [0, 0, 1]
+    with pytest.raises(ValueError, match="the harmless domain has 3 pairs, not 4"):
+        comparison_sets.first(rows, {"helpful": 2, "harmless": 4})
+
+
 def test_elo_counts_wins_on_equal_prompts_and_ties_as_half():
     first = np.array([1.0, 1.0, 1.0, 0.0, 0.5, 0.5])
     second = np.array([0.0, 0.0, 0.0, 1.0, 0.5, 0.5])
@@ -127,7 +137,7 @@ def test_a_weight_of_harmlessness_is_that_of_each_pair():
     rows = types.Comparisons(*(np.zeros((4, 2, 4)),) * 2, np.ones((4, 2)), np.ones((4, 2)))
     rows = dataclasses.replace(rows, domain_B=np.array([0, 0, 0, 1]))
     # Three helpfulness pairs and one harmlessness pair: 3/4 of one mean loss and 3 * 1/4 of the other.
-    np.testing.assert_allclose(preference_models.domain_weights(rows, harmless_weight=3.0), [0.75, 0.75])
+    np.testing.assert_allclose(preference_models.domain_weights(rows, 3.0), [0.75, 0.75])
 
 
 # --------------------------------------------------------------------------------------------------------- the command

@@ -22,8 +22,8 @@ SIZES = ("1 x 32", "2 x 64", ms.LARGEST)
 SHARES = (0.0, 0.1, 0.3, 0.7, 0.9, 1.0)
 """Shares of harmlessness pairs."""
 PAIRS = 4000
-DRAWN = {"helpful": PAIRS, "harmless": 2 * PAIRS + 800}
-"""Pairs that are labelled; equal ones are dropped."""
+DRAWN = {"helpful": PAIRS + 900, "harmless": 2 * PAIRS + 1600}
+"""Pairs that are labelled, more than needed because equal ones are dropped."""
 
 
 def measure(trial: Trial) -> Measured:

@@ -45,12 +45,6 @@ def fall(measured: Measured, size: str) -> float:
     return first - last
 
 
-def best(measured_S: Sequence[Measured]) -> float:
-    """Returns the lambda with the best average accuracy of the large model on both domains, over the seeds."""
-    mean_L = [np.mean([list(each[LARGE][f"{w:g}"].values()) for each in measured_S]) for w in LAMBDAS]
-    return LAMBDAS[int(np.argmax(mean_L))]
-
-
 def decide(measured_S: Sequence[Measured]) -> list[verdicts.Part]:
     """Compares the falls, and lambda 2 to 3 with lambda 1."""
     more_S = [

@@ -42,13 +42,15 @@ def measure(trial: Trial) -> Measured:
 
 
 def saturation(course_C: np.ndarray) -> float:
-    """Returns the first iteration with 90 % of the final gain; the final value is the mean of the last two."""
-    gain_C = course_C - course_C[0]
-    share_C = gain_C / np.mean(gain_C[-2:])
-    at = np.array(AT[: len(course_C)], float)
+    """Returns the first iteration with 90 % of the final gain; the final value is the mean of the last two.
+
+    A policy without a gain does not saturate, and the number of iterations is returned.
+    """
+    gain_C, at = course_C - course_C[0], np.array(AT[: len(course_C)], float)
+    share_C = gain_C / max(float(np.mean(gain_C[-2:])), 1e-9)
+    if np.mean(gain_C[-2:]) <= 0 or not (share_C >= 0.9).any():
+        return float(at[-1])
     first = int(np.argmax(share_C >= 0.9))
-    if first == 0:
-        return float(at[0])
     before, after = share_C[first - 1], share_C[first]
     return float(at[first - 1] + (0.9 - before) / (after - before) * (at[first] - at[first - 1]))
 
@@ -86,7 +88,8 @@ CLAIM = Claim(
     claim="Training for helpfulness alone gives more helpful policies that are easier to red-team; harmlessness "
     "saturates before helpfulness.",
     published="figures",
-    differs="Gold utilities replace Elo scores. 4,000 pairs of each kind instead of 44,000 and 42,000.",
+    differs="Gold utilities replace Elo scores. 4,000 pairs of each kind instead of 44,000 and 42,000. The policies "
+    "that are trained on both kinds of pairs with none or only harmful prompts are drawn and not tested.",
     measure=measure,
     decide=decide,
     plot=plot,

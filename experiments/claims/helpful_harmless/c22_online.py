@@ -83,9 +83,9 @@ CLAIM = Claim(
     claim="Iterated online RLHF beats static RLHF with as many labels; preference models are less accurate on pairs by "
     "rejection sampling than on those of the base model, and even less on those of online policies.",
     published="Elo: figures; accuracy of the online preference model on the three sets: 74, 70 and 67 %",
-    differs="4,000 pairs per round instead of 15,000; the prompts of 30 % are harmful requests. Rejection sampling "
-    "chooses from 4 answers instead of 16. Elo scores are by gold utility. The accuracies are those on helpfulness "
-    "pairs.",
+    differs="4,000 labelled pairs per round instead of 15,000, without those that are equal; the prompts of 30 % are "
+    "harmful requests. Rejection sampling chooses from 4 answers instead of 16. Elo scores are by gold utility. The "
+    "accuracies are those on helpfulness pairs.",
     measure=measure,
     decide=decide,
     plot=plot,

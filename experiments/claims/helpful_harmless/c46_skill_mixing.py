@@ -2,11 +2,13 @@
 
 The other kind, in place of summaries, are answers to skill problems: the right answer is compared with that to another
 problem of the same skill. One preference model is trained on pairs about helpfulness and harmlessness, one on skills,
-and one on both. Each specialist is compared with the model that is trained on both.
+and one on both. No problem of the held-out pairs is in training. Each specialist is compared with the model that is
+trained on both.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,13 +31,23 @@ FLIPPED = 0.1
 """Share of wrong labels of the skill pairs in training."""
 
 
-def skill_pairs(trial: Trial, n: int, *, seed: int, flipped: float) -> types.Comparisons:
+def problems(trial: Trial, n: int, *, held_out: bool) -> list[corpus.SkillProblem]:
+    """Returns n skill problems; a fourth of all problems is held out, chosen by a digest of their text."""
+    rng, found = np.random.default_rng([trial.settings.seed, 46, 1 + held_out]), []
+    while len(found) < n:
+        problem = corpus.skill_problem(corpus.SKILLS[len(found) % len(corpus.SKILLS)], rng)
+        if (zlib.crc32(f"{trial.settings.seed} {problem.text}".encode()) % 4 == 0) == held_out:
+            found.append(problem)
+    return found
+
+
+def skill_pairs(trial: Trial, n: int, *, held_out: bool, flipped: float) -> types.Comparisons:
     """Returns pairs of a right and a wrong answer to n skill problems, in random order."""
-    rng = np.random.default_rng([trial.settings.seed, 46, seed])
+    rng = np.random.default_rng([trial.settings.seed, 46, 3 + held_out])
     P, L = trial.task.prompt_width, trial.task.row_width
     tokens_B2L = np.full((n, 2, L), lexicon.PAD_ID, np.int32)
     mask_B2L, ranks_B2 = np.zeros((n, 2, L), bool), np.zeros((n, 2), np.int32)
-    for b, problem in enumerate(corpus.skill_problems(n, rng)):
+    for b, problem in enumerate(problems(trial, n, held_out=held_out)):
         other = corpus.skill_problem(problem.skill, rng)
         while other.answer == problem.answer:
             other = corpus.skill_problem(problem.skill, rng)
@@ -58,14 +70,14 @@ def train_and_test(
     n, held_out = (32, 64) if trial.quick else (PAIRS, HELD_OUT)
     parts = []
     if dialogues:
-        parts.append(hh_stages.mixture(sets, helpful=n, harmless=n))
+        parts.append(comparison_sets.first(sets.train, {"helpful": n, "harmless": n}))
     if skills:
-        parts.append(skill_pairs(trial, n, seed=0, flipped=FLIPPED))
+        parts.append(skill_pairs(trial, n, held_out=False, flipped=FLIPPED))
     rows = comparison_sets.merge(parts)
     model = preference_models.train(
         trial, hh_stages.step_of(trial), start, rows, name="reward_model", number=0, batch=hh_stages.BATCH
     )
-    tested = skill_pairs(trial, held_out, seed=1, flipped=0.0)
+    tested = skill_pairs(trial, held_out, held_out=True, flipped=0.0)
     scores_B2 = reward_diagnosis.score_answers(trial, model, tested)
     first_B = np.asarray(tested.ranks_BK)[:, 0] == 1
     right = float(np.mean((scores_B2[:, 0] > scores_B2[:, 1]) == first_B))
