@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import hh
 import jax
@@ -34,6 +35,12 @@ def features(pairs, feature):
     return features_B2F
 
 
+def empty(n: int) -> Any:
+    """Returns n pairs without tokens."""
+    arrays: Any = (np.zeros((n, 2, 4)), np.zeros((n, 2, 4)), np.ones((n, 2)), np.ones((n, 2)))
+    return types.Comparisons(*arrays)
+
+
 def test_each_domain_compares_only_what_it_asks_for():
     both = features([(1, 0)] * 4, HARMLESS)
     both[:, :, CORRECT] = [(0, 1)] * 4  # the more harmful answer is the more correct one
@@ -49,7 +56,7 @@ def test_pairs_that_the_labeler_finds_equal_are_discarded():
         jax.random.key(1), pool(), features([(1, 1), (1, 0), (0.4, 0.4)], HARMLESS), domain="harmless", temperature=0.1
     )
     assert found.kept_B.tolist() == [False, True, False]
-    rows = types.Comparisons(*(np.zeros((3, 2, 4)),) * 2, np.ones((3, 2)), np.ones((3, 2)))
+    rows = empty(3)
     kept = comparison_sets.with_labels(rows, found, domain="harmless")
     assert kept.ranks_BK.tolist() == [[1, 2]] and kept.domain_B.tolist() == [1]
 
@@ -69,10 +76,9 @@ def test_choices_follow_bradley_terry_and_lapse(lapse, expected):
 
 
 def test_both_answers_of_a_pair_belong_to_its_prompt_and_come_from_any_answerer():
-    prompts = FakePrompts(np.arange(200))
-    rows, features_B2F = comparison_sets.sample_pairs(
-        [answerer(source) for source in (1, 2, 3)], prompts, jax.random.key(0), width=4
-    )
+    prompts: Any = FakePrompts(np.arange(200))
+    answerers: Any = [answerer(source) for source in (1, 2, 3)]
+    rows, features_B2F = comparison_sets.sample_pairs(answerers, prompts, jax.random.key(0), width=4)
     assert (np.asarray(rows.tokens_BKL)[:, :, 0] == np.arange(200)[:, None]).all()
     sources = np.asarray(rows.tokens_BKL)[:, :, 1]
     assert {1, 2, 3} == set(sources.ravel()) and len({tuple(pair) for pair in sources}) == 9
@@ -118,9 +124,8 @@ def fake_features(monkeypatch):
 
 def test_the_first_pairs_of_each_domain_are_taken_and_a_shortage_is_an_error():
     tokens = np.arange(6)[:, None, None] * np.ones((6, 2, 4))
-    rows = types.Comparisons(tokens, tokens, np.ones((6, 2)), np.ones((6, 2)))
-    rows = dataclasses.replace(rows, domain_B=np.array([1, 0, 0, 1, 1, 0]))
-    found = comparison_sets.first(rows, {"helpful": 2, "harmless": 1})
+    rows: Any = dataclasses.replace(empty(6), tokens_BKL=tokens, domain_B=np.array([1, 0, 0, 1, 1, 0]))
+    found: Any = comparison_sets.first(rows, {"helpful": 2, "harmless": 1})
     assert found.tokens_BKL[:, 0, 0].tolist() == [1, 2, 0] and found.domain_B.tolist() == [0, 0, 1]
     with pytest.raises(ValueError, match="the harmless domain has 3 pairs, not 4"):
         comparison_sets.first(rows, {"helpful": 2, "harmless": 4})
@@ -134,7 +139,7 @@ def test_elo_counts_wins_on_equal_prompts_and_ties_as_half():
 
 
 def test_a_weight_of_harmlessness_is_that_of_each_pair():
-    rows = types.Comparisons(*(np.zeros((4, 2, 4)),) * 2, np.ones((4, 2)), np.ones((4, 2)))
+    rows = empty(4)
     rows = dataclasses.replace(rows, domain_B=np.array([0, 0, 0, 1]))
     # Three helpfulness pairs and one harmlessness pair: 3/4 of one mean loss and 3 * 1/4 of the other.
     np.testing.assert_allclose(preference_models.domain_weights(rows, 3.0), [0.75, 0.75])
