@@ -9,13 +9,14 @@
     python experiments/hh.py --resume runs/NAME                   resume an interrupted run
 
 The base model and the SFT model are trained as in instructgpt.py, whose settings apply here too, except those without
-effect, which are refused. Each round then
+effect, which are refused. Each round has four steps:
 
-    1. samples two answers to each new prompt, from the SFT model, by rejection sampling, or from the policies so far;
-    2. has them labelled by simulated labelers, who compare helpfulness on ordinary prompts and harmlessness on requests
-       for help with harm;
-    3. trains a preference model from scratch on the pairs of all rounds;
-    4. trains a policy with PPO from scratch, of which it keeps snapshots.
+    1. Two answers to each new prompt are sampled, from the SFT model, by rejection sampling, or from the policies so
+       far.
+    2. Simulated labelers compare their helpfulness on ordinary prompts and their harmlessness on requests for help with
+       harm.
+    3. A preference model is trained from scratch on the pairs of all rounds.
+    4. A policy is trained with PPO from scratch. Snapshots of it are kept.
 
 A static policy, whose preference model has as many pairs, all of answers of the SFT model, is trained for comparison.
 At the end, all policies answer the same held-out prompts, and their gold utilities are compared by Elo scores relative
@@ -72,7 +73,8 @@ def run(settings: HHSettings) -> dict[str, Any]:
         hh_results.show(out, finished)
         return finished
     first = [each for each in run_setup.FIRST_STAGES if each[0] in ("pretrain", "sft_mix")]
-    with run_setup.open_run(settings, out, weights=rounds.weights(settings), first_stages=first) as (folder, job):
+    options: dict[str, Any] = {"first_stages": first, "accept": hh_settings.accept}
+    with run_setup.open_run(settings, out, weights=rounds.weights(settings), **options) as (folder, job):
         job = rounds.with_prompts(job, settings.online.red_team)
         base = stages.pretrain(job)
         start = stages.supervised(job, "sft_mix", base, epochs=settings.sft.mix_epochs, mix=settings.sft.mix)

@@ -99,3 +99,12 @@ def check(settings: HHSettings) -> None:
     require(pm.batch >= 1, settings, "pm.batch", "at least 1")
     require(pm.harmless_weight > 0, settings, "pm.harmless_weight", "above 0")
     require(min(pm.score_weights) >= 0 < max(pm.score_weights), settings, "pm.score_weights", "at least 0, not both 0")
+
+
+def accept(task: Any) -> None:
+    """Raises SettingError if the model does not have the tokenizer of the built-in world."""
+    if not task.in_world_words:
+        raise SettingError(
+            "--model has another tokenizer than the built-in world, whose prompts hh.py uses; give a model of "
+            "instructgpt.py, or see docs/algorithms/iterated_online.md for rounds with a model of your own"
+        )
