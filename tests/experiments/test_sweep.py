@@ -327,7 +327,7 @@ def test_the_diversity_of_a_policy_is_compared_with_that_of_the_initial_model(tm
     settings = dataclasses.replace(asked, evaluation=dataclasses.replace(asked.evaluation, temperature=temperature))
     job = job_in(tmp_path, settings)
     shared, prompts, base = shared_by(job), job.task.eval_prompts, temperature or 1.0
-    sharp = shared.start | {"embed": jax.tree.map(lambda x: 1.5 * x, shared.start["embed"])}
+    sharp = shared.start | {"final_norm": jax.tree.map(lambda x: 1.5 * x, shared.start["final_norm"])}
     policies = {"sft_mix": shared.start, "ppo": sharp}
     answers = {
         name: job.sampler(params, shared.start, shared.reward, prompts, jax.random.key(0), temperature=base)

@@ -148,12 +148,8 @@ def test_conversations_are_not_divided_and_shares_are_clustered_by_them(seed):
     usual = prompts([[i] for i in range(60)], [f"usual {i % 12}" for i in range(60)])
     unusual = prompts([[i] for i in range(60, 100)], [f"unusual {i % 8}" for i in range(40)])
     parts = gate_measures.divide(usual, unusual, seed=seed)
-    sets = {
-        name: {
-            record.prompt[0].text for i in getattr(parts, name) for record in [[*usual.records, *unusual.records][i]]
-        }
-        for name in gate_measures.PARTS
-    }
+    questions = [each.prompt[0].text for each in (*usual.records, *unusual.records)]
+    sets = {name: {questions[i] for i in getattr(parts, name)} for name in gate_measures.PARTS}
     assert [len(each) for each in sets.values()] == [6, 3, 3, 4, 4], "no conversation is in two parts"
     assert len(set().union(*sets.values())) == 20 == len(set(parts.conversation_N.tolist()))
     hidden = np.random.default_rng(seed).normal(size=(100, 3)) + parts.conversation_N[:, None] % 3
