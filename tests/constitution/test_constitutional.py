@@ -194,7 +194,7 @@ def test_policies_are_evaluated_on_both_kinds_of_prompts():
     job = jobs.make_job(asked, tasks.make_task(asked), model=None, checkpoints=silent, log=silent, progress=silent)
     start = jax.jit(lambda key: lm.init(key, cfg=job.cfg))(jax.random.key(0))
     reward = lm.with_head(jax.random.key(1), start, job.cfg)
-    policies = dict.fromkeys(harm_evaluation.POLICIES, start)
+    policies: Any = dict.fromkeys(harm_evaluation.POLICIES, start)
     results = harm_evaluation.evaluate(job, policies, reward, red_team_share=0.5)
     for row in results["policies"].values():
         assert {"harmlessness", "helpfulness", "reward", "diversity", "self_bleu"} <= set(row)
