@@ -8,9 +8,10 @@ The first policy is the baseline. Each policy samples --n answers to each prompt
 policy, its win rate against the baseline (a tie counts as one half), the win rate at equal length in characters, the KL
 to the baseline or to --reference in nats per answer, the length in tokens of the policy's own tokenizer, the share of
 answers that the policy ended itself, and their diversity: the share of distinct pairs among equally many pairs of words
-of each policy, self-BLEU, and the entropy per token, also relative to the baseline's. Intervals are 95 % and clustered
-by what is asked. The policies and the judges may have different tokenizers; a KL needs the same tokenizer and chat
-template.
+of each policy, self-BLEU, and the entropy per token, also relative to the baseline's. Answers that sample.py --gate
+refused are judged, but count neither in lengths nor among the answers that the policy ended; their share is reported.
+Intervals are 95 % and clustered by what is asked. The policies and the judges may have different tokenizers; a KL needs
+the same tokenizer and chat template.
 
 The output folder contains results.json, report.html with the answers to some prompts side by side, config.json, and
 samples/ with the answers of each policy, in the format of sample.py.
@@ -267,7 +268,7 @@ def measure_all(
     n = len(policies[0].lines[0])
     used = [given.at(rows, n) for given in policies]
     asked = judges.clusters(used, note=note)
-    diversity = judges.describe_diversity(used, asked)
+    diversity, pairs = judges.describe_diversity(used, asked)
     table = [{"path": given.path, **judges.describe(given, asked), **each} for given, each in zip(used, diversity)]
     for given, row, reference_NS in zip(used, table, reference_PNS):
         if given.logprobs_NS is not None and reference_NS is not None:
@@ -283,6 +284,7 @@ def measure_all(
         "held_out": {"prompts": len(rows)},
         "clusters": {"comparison": len(set(asked))},
         "samples": n,
+        "diversity_pairs": pairs,
         "policies": {given.name: row for given, row in zip(used, table)},
     }
 
@@ -325,6 +327,7 @@ def results_table(results: dict[str, Any]) -> Table:
     add("length, tokens", "length", digits=1)
     add("length, characters", "characters", digits=1)
     add("stopped, %", "stopped", percent=True)
+    add("refused by a gate, %", "refused", percent=True)
     add("distinct pairs of words", "diversity")
     add("self-BLEU", "self_bleu")
     add("entropy, nats per token", "entropy")

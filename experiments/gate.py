@@ -4,21 +4,23 @@
     python experiments/gate.py --model MODEL --prompts usual.jsonl --unusual harmful.jsonl --examples 10 --out GATE
     python experiments/sample.py --model MODEL --prompts FILE --gate GATE
 
-The gate scores the hidden state of a prompt's last token at a middle layer by its relative Mahalanobis distance from
-half of the usual prompts or, with --examples, by a linear classifier that has also seen a few unusual prompts. A
-quarter of the usual prompts sets the limit, so that a new usual prompt is refused with a probability of at most
---refusals (split conformal prediction). The last quarter measures the share of usual prompts that are refused. With
---unusual, half of these prompts measure the share of them that are refused, and the area under the ROC curve of each
-detector, also of classifiers that have seen 1, 10 and 100 unusual prompts. Intervals are 95 %.
+The gate scores the hidden state of a prompt at a middle layer, averaged over its tokens, by its relative Mahalanobis
+distance from half of the usual prompts or, with --examples, by a linear classifier that has also seen a few unusual
+prompts. A quarter of the usual prompts sets the limit, so that a new usual prompt is refused with a probability of at
+most --refusals (split conformal prediction). The last quarter measures the share of usual prompts that are refused.
+With --unusual, half of these prompts measure the share of them that are refused, and the area under the ROC curve of
+each detector, also of classifiers that have seen 1, 10 and 100 unusual prompts. Prompts of one conversation, which
+begin with the same question, are in the same part. Intervals are 95 %; those of the shares are clustered by
+conversation.
 
-The output folder contains gate.npz, which belongs to this model only, results.json, report.html with the scores, and
-config.json.
+The output folder contains gate.npz, which is valid only for this model, chat template and --compute.dtype,
+results.json, report.html with the scores, and config.json.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 from launch import command_line, mesh_settings, process_setup
 from launch.run_settings import Compute, Mesh, SettingError, Template
@@ -32,8 +34,8 @@ class GateSettings:
     model: str
     """The model: a folder in Hugging Face format, or the output folder of an earlier command."""
     prompts: str
-    """JSONL, JSON (also compressed) or Parquet file with usual prompts, at least 8 different ones, in any of the forms
-    in docs/data.md. A pattern with * selects several files."""
+    """JSONL, JSON (also compressed) or Parquet file with usual prompts, at least 8 different ones from 4 conversations,
+    in any of the forms in docs/data.md. A pattern with * selects several files."""
     unusual: str | None = None
     """File with prompts that the gate should refuse, such as harmful requests. None fits a gate without any."""
     examples: int = 0
@@ -42,6 +44,8 @@ class GateSettings:
     """Maximum share of usual prompts that are refused."""
     layer: int | None = None
     """Layer whose output is scored, counted from 1. None uses the middle one."""
+    pooling: Literal["mean", "last"] = "mean"
+    """Hidden state of a prompt: `mean` is the mean over its tokens, `last` that of its last token."""
     prompt_width: int | None = None
     """Maximum number of tokens in a prompt. Longer prompts lose their oldest turns or, with a single turn, are dropped;
     both are counted. None shortens only prompts that exceed the model's maximum length."""
@@ -95,6 +99,7 @@ from rich.console import Console
 
 from rlhf_jax.data import errors, readers
 from rlhf_jax.report import console
+from rlhf_jax.report import results as results_lib
 
 
 def run(settings: GateSettings) -> dict[str, Any]:
@@ -106,7 +111,7 @@ def run(settings: GateSettings) -> dict[str, Any]:
     counts = errors.DropCount(max_dropped=settings.max_dropped, flag="--max-dropped")
     files = {"--prompts": settings.prompts} | ({} if settings.unusual is None else {"--unusual": settings.unusual})
     cfg = initial_model.check(settings.model)
-    layer = max(1, cfg.n_layers // 2) if settings.layer is None else settings.layer
+    layer = (cfg.n_layers + 1) // 2 if settings.layer is None else settings.layer
     if layer > cfg.n_layers:
         raise SettingError(f"--layer is {layer}; it must be at most {cfg.n_layers}, the number of layers of the model")
     read = {flag: _read(file, flag, settings, counts) for flag, file in files.items()}
@@ -114,11 +119,14 @@ def run(settings: GateSettings) -> dict[str, Any]:
     initial_model.with_date(settings, model)
     dtype = settings.compute.dtype or model.cfg.dtype
     model = dataclasses.replace(model, cfg=dataclasses.replace(model.cfg, dtype=dtype))
-    ids = {
-        flag: answers.encode_prompts(model, found, width=settings.prompt_width, max_new_tokens=1, counts=counts).ids
+    prompts = {
+        flag: answers.encode_prompts(model, found, width=settings.prompt_width, max_new_tokens=1, counts=counts)
         for flag, found in read.items()
     }
-    parts = gate_measures.divide(ids["--prompts"], ids.get("--unusual", []), seed=settings.seed)
+    warnings: list[str] = []
+    parts = gate_measures.divide(
+        prompts["--prompts"], prompts.get("--unusual"), seed=settings.seed, warn=warnings.append
+    )
     if settings.examples > len(parts.known):
         raise SettingError(
             f"--examples is {settings.examples}; it must be at most {len(parts.known)}, half of the different prompts "
@@ -128,18 +136,22 @@ def run(settings: GateSettings) -> dict[str, Any]:
     run_setup.print_line(out, f"writing to {path}")
     run_setup.print_line(out, f"model: {model.path} ({cfg.model_type}), layer {layer} of {cfg.n_layers}")
     run_setup.print_line(out, run_setup.describe_dtype(model.cfg))
+    for text in warnings:
+        run_setup.print_line(out, text)
     with console.StageProgress([("hidden states", 60.0)], elapsed=time.time() - process_setup.START_TIME) as progress:
         hidden_ND = prompt_gate.hidden_states(
             model,
             parts.ids,
             layer=layer,
+            pooling=settings.pooling,
             batch=settings.batch,
             mesh=mesh,
             on_progress=lambda done, total: progress.update("hidden states", done, total),
         )
         progress.finish("hidden states")
     fitted = gate_measures.fit(hidden_ND, parts, examples=settings.examples, refusals=settings.refusals)
-    gate = prompt_gate.Gate(fitted.kind, fitted.detector, layer, fitted.limit, initial_model.fingerprint(model.path))
+    identity = answers.model_identity(model, settings.template)
+    gate = prompt_gate.Gate(fitted.kind, fitted.detector, layer, settings.pooling, fitted.limit, identity)
     prompt_gate.save(path / prompt_gate.FILE, gate)
     results = run_folder.finite(
         {
@@ -148,6 +160,7 @@ def run(settings: GateSettings) -> dict[str, Any]:
             "seed": settings.seed,
             "dropped": counts.dropped | counts.truncated,
             "layer": layer,
+            "pooling": settings.pooling,
             "detector": gate.kind,
             "refusals": settings.refusals,
             **gate_measures.measure(gate, hidden_ND, parts),
@@ -156,6 +169,8 @@ def run(settings: GateSettings) -> dict[str, Any]:
     gate_measures.write_page(path / "report.html", results, gate, hidden_ND, parts)
     run_folder.write_json(path / run_folder.RESULTS, results)
     out.print(gate_measures.table(results))
+    for text in results_lib.rough_intervals(results):
+        run_setup.print_line(out, text)
     if not np.isfinite(gate.limit):
         least = int(np.ceil(1 / settings.refusals)) - 1
         run_setup.print_line(

@@ -90,7 +90,7 @@ def run(settings: SampleSettings) -> list[dict[str, Any]]:
         model, found, width=settings.prompt_width, max_new_tokens=settings.max_new_tokens, counts=counts
     )
     identity = answers.identity(settings, model, settings.prompts)
-    gate = None if settings.gate is None else prompt_gate.load(settings.gate, model)
+    gate = None if settings.gate is None else prompt_gate.load(settings.gate, model, template=settings.template)
     if settings.gate is not None:
         digest = run_folder.data_digest(str(prompt_gate.file_of(settings.gate)))
         identity |= {"the file of --gate": digest, "--refusal": settings.refusal}
@@ -108,6 +108,7 @@ def run(settings: SampleSettings) -> list[dict[str, Any]]:
                 model,
                 prompts.ids,
                 layer=gate.layer,
+                pooling=gate.pooling,
                 batch=settings.batch,
                 mesh=mesh,
                 on_progress=lambda done, total: progress.update("gate", done, total),

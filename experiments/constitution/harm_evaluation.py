@@ -86,9 +86,11 @@ def evaluate(
         known_B = ~np.isnan(values_B)
         return evaluation.mean(values_B[known_B], prompts.asked_B[known_B], rate=rate)
 
-    few = min(256, len(prompts))
+    first = {name: jax.tree.map(lambda x: x[:256], each) for name, each in answers.items()}
+    diversity, pairs = evaluation.diversity_of_answers(first, prompt_width=prompts.tokens_BP.shape[1])
     found = {
-        name: evaluation.numbers(prompts, each, few=few)
+        name: evaluation.numbers(prompts, each)
+        | diversity[name]
         | {metric: mean(values_B, rate=True) for metric, values_B in measured[name].items()}
         for name, each in answers.items()
     }
@@ -102,6 +104,7 @@ def evaluate(
         "policies": found,
         "changes": changes,
         "reference": "sl_cai",
+        "diversity_pairs": pairs,
         "transcripts": _transcripts(job, prompts, answers),
         "held_out": {"prompts": len(prompts), "asked": len(np.unique(prompts.asked_B))},
     }

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from launch import device_mesh, initial_model, run_folder
-from launch.run_settings import SettingError
+from launch.run_settings import SettingError, Template
 
 from finetune import sampling_settings
 from rlhf_jax import generation, lm, parallel
@@ -61,15 +61,22 @@ def read_prompts(settings: sampling_settings.Sampling, path: str, counts: errors
 def identity(settings: sampling_settings.Sampling, model: initial_model.InitialModel, prompts: str) -> dict[str, Any]:
     """Returns the settings on which answers depend, by flag, with digests of the model and the prompts."""
     return {
-        "the model": initial_model.fingerprint(model.path),
+        **model_identity(model, settings.template),
         "the file of --prompts": run_folder.data_digest(prompts),
-        "the date of the chat template": str(model.fmt.date),
-        "--compute.dtype": model.cfg.dtype,
-        "--template.options": settings.template.options,
         **{
             f"--{name.replace('_', '-')}": getattr(settings, name)
             for name in ("n", "temperature", "top_k", "top_p", "max_new_tokens", "prompt_width", "limit", "seed")
         },
+    }
+
+
+def model_identity(model: initial_model.InitialModel, template: Template) -> dict[str, Any]:
+    """Returns on what the hidden states of a model's prompts depend, by flag, with a digest of the model."""
+    return {
+        "the model": initial_model.fingerprint(model.path),
+        "the date of the chat template": str(model.fmt.date),
+        "--compute.dtype": model.cfg.dtype,
+        "--template.options": template.options,
     }
 
 

@@ -74,13 +74,15 @@ def compare(before: Measured, after: Measured, prompts: Prompts) -> dict[str, An
     reward, old = after.scores["reward"], before.scores["reward"]
     win_rate = mean(diagnostics.win_outcomes(reward, old), rate=True)
     rows = {BEFORE: _numbers(before, prompts), AFTER: _numbers(after, prompts) | {"win_rate": win_rate}}
-    for row, diversity in zip(rows.values(), _diversity(before.sampled, after.sampled, prompts)):
-        row |= diversity
+    diversity, pairs = _diversity(before.sampled, after.sampled, prompts)
+    for row, found in zip(rows.values(), diversity):
+        row |= found
     return {
         "policies": rows,
         "baseline": BEFORE,
         "clusters": {"evaluation": len(np.unique(prompts.asked_B))},
         "reward_change": mean(reward - old),
+        "diversity_pairs": pairs,
     }
 
 
@@ -100,10 +102,10 @@ def _numbers(measured: Measured, prompts: Prompts) -> dict[str, Any]:
     }
 
 
-def _diversity(before: Sampled, after: Sampled, prompts: Prompts) -> list[dict[str, Any]]:
+def _diversity(before: Sampled, after: Sampled, prompts: Prompts) -> tuple[list[dict[str, Any]], int]:
     """Returns the diversity of both policies' answers, at equally many pairs of tokens, and the ratio of entropies.
 
-    The entropies are estimated from the log-probabilities of the answers.
+    The entropies are estimated from the log-probabilities of the answers. The number of pairs is also returned.
     """
     P = prompts.tokens_BP.shape[1]
     rollouts = before.rollout, after.rollout
@@ -118,7 +120,7 @@ def _diversity(before: Sampled, after: Sampled, prompts: Prompts) -> list[dict[s
         for distinct, each in zip(diagnostics.equal_distinct_n(sets, n=2), sets)
     ]
     rows[1]["entropy_ratio"] = list(ratio)
-    return rows
+    return rows, diagnostics.fewest_ngrams(sets, n=2)
 
 
 def table(results: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -142,9 +142,17 @@ def _at_equal_length(outcomes: np.ndarray, lengths: Any, others: Any, asked: lis
 
 
 def describe(given: Given, asked: list[int]) -> dict[str, Any]:
-    """Returns what depends neither on a judge nor on other policies: lengths and the share of finished answers."""
-    lines = flat(given)
+    """Returns what depends neither on a judge nor on other policies: lengths and the share of finished answers.
+
+    The model did not write the answers to prompts that a gate refused, so their share is reported instead.
+    """
+    refused = np.array([bool(line.get("refused")) for line in flat(given)])
     row: dict[str, Any] = {}
+    if refused.any():
+        row["refused"] = list(diagnostics.clustered_mean(refused, asked, rate=True))
+    lines, asked = ([x for x, left_out in zip(each, refused) if not left_out] for each in (flat(given), asked))
+    if not lines:
+        return row
     if all("tokens" in line for line in lines):
         row["length"] = list(diagnostics.clustered_mean([float(line["tokens"]) for line in lines], asked))
     row["characters"] = list(diagnostics.clustered_mean([float(len(line["response"])) for line in lines], asked))
@@ -153,8 +161,8 @@ def describe(given: Given, asked: list[int]) -> dict[str, Any]:
     return row
 
 
-def describe_diversity(policies: Sequence[Given], asked: list[int]) -> list[dict[str, Any]]:
-    """Returns how diverse the answers of each policy are.
+def describe_diversity(policies: Sequence[Given], asked: list[int]) -> tuple[list[dict[str, Any]], int]:
+    """Returns how diverse the answers of each policy are, and the number of pairs of words that are compared.
 
     ``diversity`` is the share of distinct pairs among all pairs of consecutive words, of which all policies have
     equally many. ``self_bleu`` compares the words of each answer with those of all others. Neither has an interval.
@@ -177,7 +185,7 @@ def describe_diversity(policies: Sequence[Given], asked: list[int]) -> list[dict
         )
         if first is not None and given is not policies[0] and given.vocabulary == policies[0].vocabulary:
             row["entropy_ratio"] = list(diagnostics.entropy_ratio(*own, *first, clusters=asked))
-    return rows
+    return rows, diagnostics.fewest_ngrams(words, n=2)
 
 
 def _surprise(given: Given) -> tuple[np.ndarray, np.ndarray] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import pathlib
 import zipfile
 from collections.abc import Callable, Sequence
@@ -10,10 +11,11 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from finetune import answers
 from launch import device_mesh, initial_model
-from launch.run_settings import SettingError
+from launch.run_settings import SettingError, Template
 
 from rlhf_jax import lm, parallel
 from rlhf_jax.checkpoint import atomic
@@ -24,6 +26,7 @@ FILE = "gate.npz"
 """Name of the file of a gate in the output folder of gate.py."""
 
 Kind = Literal["relative", "exposure"]
+Pooling = Literal["mean", "last"]
 _KINDS: dict[str, tuple[type, Callable[[Any, Any], np.ndarray]]] = {
     "relative": (ood.Gaussian, ood.relative_mahalanobis),
     "exposure": (ood.Probe, ood.exposure),
@@ -38,9 +41,11 @@ class Gate(NamedTuple):
     detector: ood.Gaussian | ood.Probe
     layer: int
     """Number of layers of the model whose output is scored, counted from the first."""
+    pooling: Pooling
+    """`mean` for the mean of a prompt's hidden states, `last` for that of its last token."""
     limit: float
-    model: str
-    """Digest of the model's files."""
+    identity: dict[str, Any]
+    """On what hidden states depend, by flag, as `answers.model_identity` returns it."""
 
     def score(self, hidden_ND: np.ndarray) -> np.ndarray:
         """Returns the score of each prompt, ``[N]``; higher is less usual."""
@@ -54,29 +59,46 @@ class Gate(NamedTuple):
 def save(path: pathlib.Path, gate: Gate) -> None:
     """Writes the file of a gate, atomically."""
     stream = io.BytesIO()
-    own = {"kind": gate.kind, "layer": gate.layer, "limit": gate.limit, "model": gate.model}
+    own = {"kind": gate.kind, "layer": gate.layer, "pooling": gate.pooling, "limit": gate.limit}
+    own["identity"] = json.dumps(gate.identity)
     np.savez(stream, **own, **{f"detector_{name}": each for name, each in gate.detector._asdict().items()})
     atomic.replace_file(path, stream.getvalue())
 
 
-def load(path: str, model: initial_model.InitialModel, *, flag: str = "--gate") -> Gate:
+def load(path: str, model: initial_model.InitialModel, *, template: Template, flag: str = "--gate") -> Gate:
     """Reads the gate of a model from its file or from the output folder of gate.py.
 
+    Args:
+        path: The file or the folder.
+        model: The model whose prompts are scored.
+        template: The settings with which its chat template writes the prompts.
+        flag: The flag of the gate, for error messages.
+
     Raises:
-        SettingError: There is no such file, it is not a gate, or it was fitted to another model.
+        SettingError: There is no such file, it is not a gate, or it was fitted to hidden states of another model, chat
+            template or number format.
     """
     file = file_of(path)
     try:
         with np.load(file, allow_pickle=False) as found:
             kind: Any = str(found["kind"])
             detector = _KINDS[kind][0](*(found[f"detector_{name}"] for name in _KINDS[kind][0]._fields))
-            gate = Gate(kind, detector, int(found["layer"]), float(found["limit"]), str(found["model"]))
+            pooling: Any = str(found["pooling"])
+            identity = json.loads(str(found["identity"]))
+            gate = Gate(kind, detector, int(found["layer"]), pooling, float(found["limit"]), identity)
     except OSError as error:
         raise SettingError(f"cannot read {flag} {path}: {error.strerror or error}") from error
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise SettingError(f"{flag} {path} is not a gate; give the file {FILE} that gate.py writes") from error
-    if gate.model != initial_model.fingerprint(model.path):
+    own = answers.model_identity(model, template)
+    if gate.identity["the model"] != own["the model"]:
         raise SettingError(f"{flag} {path} was fitted to another model than {model.path}; run gate.py for this model")
+    for name, value in own.items():
+        if gate.identity[name] != value:
+            raise SettingError(
+                f"{flag} {path} does not fit: {name} is {value}, but was {gate.identity[name]} in gate.py; use the "
+                "same here, or run gate.py again"
+            )
     return gate
 
 
@@ -90,21 +112,23 @@ def hidden_states(
     prompts_ids: Sequence[Sequence[int]],
     *,
     layer: int,
+    pooling: Pooling,
     batch: int,
     mesh: jax.sharding.Mesh | None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> np.ndarray:
-    """Returns the hidden state of the last token of each prompt after the first layers, ``[N, D]``.
+    """Returns the hidden state of each prompt after the first layers, ``[N, D]``.
 
     Args:
         model: The model.
         prompts_ids: Token ids of each prompt.
         layer: Number of layers, counted from the first.
+        pooling: Whether it is the mean over the prompt's tokens or that of the last token.
         batch: Number of prompts that are computed together.
         mesh: The mesh; None for one device.
         on_progress: Called with the numbers of finished and of all prompts.
     """
-    run = partial(_last_hidden, cfg=model.cfg, layer=layer)
+    run = partial(_hidden, cfg=model.cfg, layer=layer, pooling=pooling)
     step = parallel.JitStep(run, donate_argnums=(), mesh=mesh, batch_args=(1, 2), replicated_args=())
     size, done = device_mesh.round_rows_up(batch, mesh), 0
     lengths, hidden_ND = [len(ids) for ids in prompts_ids], None
@@ -121,9 +145,10 @@ def hidden_states(
     return hidden_ND
 
 
-def _last_hidden(params: Any, tokens_BP: Any, mask_BP: Any, *, cfg: lm.LMConfig, layer: int) -> jax.Array:
+def _hidden(params: Any, tokens_BP: Any, mask_BP: Any, *, cfg: lm.LMConfig, layer: int, pooling: Pooling) -> jax.Array:
     first, first_cfg = lm.first_layers(params, cfg=cfg, layers=layer)
-    return lm.forward(first, tokens_BP, cfg=first_cfg, mask_BL=mask_BP).hidden_BLD[:, -1].astype(np.float32)
+    hidden_BPD = lm.forward(first, tokens_BP, cfg=first_cfg, mask_BL=mask_BP).hidden_BLD.astype(np.float32)
+    return hidden_BPD[:, -1] if pooling == "last" else jnp.mean(hidden_BPD, axis=1, where=mask_BP[:, :, None])
 
 
 def refusals(fmt: Any, prompts: answers.Prompts, refused_N: np.ndarray, *, n: int, text: str) -> list[dict[str, Any]]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,11 +25,8 @@ from rlhf_jax.simulation import corpus, labelers
 TIE = 1e-5
 """Maximum difference in gold utility that counts as a tie."""
 POLICIES = ("base", "sft", "sft_mix", "ppo", "ppo_ptx")
-TEMPERATURES = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
-"""Multiples of the policies' temperature at which the initial model is sampled, to find the matched temperature."""
-
-Entropies = Callable[[types.Params, Answers, float], np.ndarray]
-"""``(params, answers, temperature) -> entropy_B``, summed over the tokens of each answer."""
+FACTORS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.6, 2.0)
+"""Multiples of the policies' temperature at which the initial model can be sampled, to find the matched temperature."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +62,7 @@ def evaluate(
     best, curve = _best_of_n(job, policies["sft_mix"], reward, jax.random.fold_in(key, 101))
     measured["best_of_n"] = best
     job.progress.update("evaluate", len(policies) + 1, total)
-    _add_diversity(job, policies, measured, reward, jax.random.fold_in(key, 102))
+    pairs = _add_diversity(job, policies, measured, reward, jax.random.fold_in(key, list(policies).index("sft_mix")))
     job.progress.update("evaluate", len(policies) + 2, total)
 
     results: dict[str, Any] = {"policies": {}, "transcripts": _transcripts(job, measured)}
@@ -85,6 +83,7 @@ def evaluate(
             if name not in ("base", "sft", "sft_mix"):
                 results["goodhart"][name] = reward_diagnosis.goodhart(_first(sft_mix, n), each.answers, asked_B[:n])
     results["best_of_n_curve"] = curve
+    results["diversity_pairs"] = pairs
     categories = np.asarray(prompts.categories)
     few_asked = [len(np.unique(asked_B[categories == c])) for c in np.unique(categories)]
     results["clusters"] = {"best-of-n results": len(np.unique(asked_B[:few]))}
@@ -110,10 +109,15 @@ def mean(values: Any, asked_B: np.ndarray, *, rate: bool = False) -> list[float]
 
 def _add_diversity(
     job: Job, policies: dict[str, types.Params], measured: dict[str, Measured], reward: types.Params, rng: jax.Array
-) -> None:
-    """Adds the diversity of the answers to the first prompts, which best-of-n answers too, and of their entropy."""
-    few = len(measured["best_of_n"].answers.lengths_B)
-    answers = {name: _first(each.answers, few) for name, each in measured.items()}
+) -> int:
+    """Adds the diversity and the entropy of the answers to the first prompts, which best-of-n also answers.
+
+    ``rng`` is the key of the answers of ``sft_mix``. Best-of-n has no diversity if it samples at another temperature
+    than the policies. Returns the number of pairs of tokens of each policy.
+    """
+    few, settings = len(measured["best_of_n"].answers.lengths_B), job.settings
+    own = None if settings.evaluation.temperature in (None, settings.ppo.temperature) else "best_of_n"
+    answers = {name: _first(each.answers, few) for name, each in measured.items() if name != own}
     prompts = job.task.eval_prompts.take(few)
     narrowed = diversity_of_policies(
         job,
@@ -125,53 +129,56 @@ def _add_diversity(
         matched=tuple(name for name in policies if name not in ("base", "sft", "sft_mix")),
         rng=rng,
     )
-    for name, found in diversity_of_answers(answers, prompt_width=prompts.tokens_BP.shape[1]).items():
-        measured[name].numbers.update(found | narrowed.get(name, {}))
+    found, pairs = diversity_of_answers(answers, prompt_width=prompts.tokens_BP.shape[1])
+    for name, numbers_of_set in found.items():
+        measured[name].numbers.update(numbers_of_set | narrowed.get(name, {}))
+    return pairs
 
 
-def diversity_of_answers(answers: Mapping[str, Answers], *, prompt_width: int) -> dict[str, dict[str, float]]:
+def diversity_of_answers(
+    answers: Mapping[str, Answers], *, prompt_width: int
+) -> tuple[dict[str, dict[str, float]], int]:
     """Returns distinct-2 (``diversity``) and self-BLEU of several policies' answers to the same prompts.
 
-    Distinct-2 is reduced to equally many pairs of tokens of each policy. The numbers have no interval.
+    Distinct-2 is reduced to equally many pairs of tokens of each policy, whose number is also returned. The numbers
+    have no interval.
     """
     sets = [
         [row[prompt_width:][mask].tolist() for row, mask in zip(each.tokens_BL, each.response_mask_BT)]
         for each in answers.values()
     ]
     distinct = diagnostics.equal_distinct_n(sets, n=2)
-    return {
+    found = {
         name: {"diversity": ratio, "self_bleu": diagnostics.self_bleu(each)}
         for name, ratio, each in zip(answers, distinct, sets)
     }
+    return found, diagnostics.fewest_ngrams(sets, n=2)
 
 
-def make_entropies(job: Job) -> Entropies:
-    """Returns a function that computes the entropies of a policy at its own answers; it compiles once."""
-    chunk = device_mesh.round_rows_up(policy_sampling.LONG_CHUNK, job.mesh)
+def _entropies(job: Job, params: types.Params, answers: Answers, temperature: float) -> np.ndarray:
+    """Returns the entropy of a policy at its own answers, summed over the tokens of each answer, ``[B]``."""
+    n, parts = len(answers.lengths_B), []
+    step = _entropy_step(job.cfg, job.task.prompt_width, job.mesh)  # type: ignore[arg-type]  # frozen, thus hashable
+    chunk = device_mesh.round_rows_up(min(policy_sampling.LONG_CHUNK, n), job.mesh)
+    for start in range(0, n, chunk):
+        rows = np.minimum(np.arange(start, start + chunk), n - 1)
+        inputs = answers.tokens_BL[rows], answers.mask_BL[rows], answers.response_mask_BT[rows]
+        inputs = inputs if job.mesh is None else parallel.local_rows(inputs, job.mesh)
+        parts.append(host_agreement.to_numpy(step(params, *inputs, np.float32(temperature))))
+    return np.concatenate(parts)[:n]
+
+
+@functools.cache
+def _entropy_step(cfg: Any, prompt_width: int, mesh: jax.sharding.Mesh | None) -> parallel.JitStep:
+    """Returns the compiled computation of entropies, which all models of an architecture share."""
 
     def run(params: Any, tokens_BL: Any, mask_BL: Any, response_mask_BT: Any, temperature: Any) -> jax.Array:
         _, entropy_BT = lm.token_stats(
-            params,
-            tokens_BL,
-            cfg=job.cfg,
-            prompt_width=job.task.prompt_width,
-            mask_BL=mask_BL,
-            temperature=temperature,
+            params, tokens_BL, cfg=cfg, prompt_width=prompt_width, mask_BL=mask_BL, temperature=temperature
         )
         return jnp.where(response_mask_BT, entropy_BT, 0.0).sum(axis=1)
 
-    step = parallel.JitStep(run, donate_argnums=(), mesh=job.mesh, batch_args=(1, 2, 3), replicated_args=(4,))
-
-    def entropies(params: types.Params, answers: Answers, temperature: float) -> np.ndarray:
-        n, parts = len(answers.lengths_B), []
-        for start in range(0, n, chunk):
-            rows = np.minimum(np.arange(start, start + chunk), n - 1)
-            inputs = answers.tokens_BL[rows], answers.mask_BL[rows], answers.response_mask_BT[rows]
-            inputs = inputs if job.mesh is None else parallel.local_rows(inputs, job.mesh)
-            parts.append(host_agreement.to_numpy(step(params, *inputs, np.float32(temperature))))
-        return np.concatenate(parts)[:n]
-
-    return entropies
+    return parallel.JitStep(run, donate_argnums=(), mesh=mesh, batch_args=(1, 2, 3), replicated_args=(4,))
 
 
 def diversity_of_policies(
@@ -187,7 +194,8 @@ def diversity_of_policies(
 ) -> dict[str, dict[str, list[float]]]:
     """Returns the mean entropy per token of policies, its ratio to the initial model's, and the matched temperature.
 
-    Intervals are clustered by what the prompts ask. That of the matched temperature is the one of the policy's entropy.
+    The matched temperature is relative to that of the answers. Intervals are clustered by what the prompts ask; that of
+    the matched temperature is the one of the ratio.
 
     Args:
         job: The job of the run.
@@ -197,13 +205,13 @@ def diversity_of_policies(
         reward: Parameters of the reward model, which the sampler scores answers with.
         initial: Name of the model from which RL starts.
         matched: Names of the policies whose matched temperature is computed.
-        rng: Random key; consumed. All temperatures share it.
+        rng: Random key of the initial model's answers, which its answers at other temperatures share.
     """
-    entropies = make_entropies(job)
     base = job.settings.evaluation.temperature or job.settings.ppo.temperature
     asked = prompts.asked_B.tolist()
     columns = {
-        name: (entropies(params, answers[name], base), answers[name].lengths_B) for name, params in policies.items()
+        name: (_entropies(job, params, answers[name], base), answers[name].lengths_B)
+        for name, params in policies.items()
     }
     found: dict[str, dict[str, list[float]]] = {}
     for name, column in columns.items():
@@ -211,24 +219,66 @@ def diversity_of_policies(
             "entropy": list(_mean_per_token(column, prompts.asked_B)),
             "entropy_ratio": list(diagnostics.entropy_ratio(*column, *columns[initial], clusters=asked)),
         }
-    if not matched:
-        return found
-    temperatures = [each * base for each in TEMPERATURES]
-    curve = []
-    for temperature in temperatures:
-        cold = job.sampler(policies[initial], policies[initial], reward, prompts, rng, temperature=temperature)
-        curve.append(
-            _mean_per_token((entropies(policies[initial], cold, temperature), cold.lengths_B), prompts.asked_B)[0]
-        )
+
+    def relative_entropy(factor: float) -> float:
+        model = policies[initial]
+        cold = job.sampler(model, model, reward, prompts, rng, temperature=factor * base)
+        column = _entropies(job, model, cold, factor * base), cold.lengths_B
+        return _mean_per_token(column, prompts.asked_B).mean / found[initial]["entropy"][0]
+
+    temperatures = match_temperatures({name: found[name]["entropy_ratio"] for name in matched}, relative_entropy)
+    for name, temperature in temperatures.items():
+        found[name]["matched_temperature"] = temperature
+        if temperature[0] in (FACTORS[0], FACTORS[-1]):
+            job.note(
+                "evaluation",
+                f"the entropy of {name} is that of {initial} at a relative temperature beyond {temperature[0]:g}, the "
+                "end of the measured range",
+            )
+    return found
+
+
+def match_temperatures(
+    ratios: Mapping[str, Sequence[float]], relative_entropy: Callable[[float], float]
+) -> dict[str, list[float]]:
+    """Returns the relative temperature at which the initial model has the entropy of each policy, with its interval.
+
+    A temperature outside `FACTORS` is replaced by the first or the last of these, a bound by 0 or infinity. Ratios that
+    are NaN, because the initial model has no entropy, lead to NaN.
+
+    Args:
+        ratios: ``[ratio, low, high]`` of the entropies of each policy and the initial model.
+        relative_entropy: Returns the entropy of the initial model at one of `FACTORS`, divided by that at 1. It is
+            called for those closest to 1 until all ratios and finite bounds are between two numbers.
+    """
+    known = {name: ratio for name, ratio in ratios.items() if not math.isnan(ratio[0])}
+    wanted = [x for mean, *bounds in known.values() for x in (mean, *(b for b in bounds if 0 < b < math.inf))]
+    curve = {1.0: 1.0}
+    for factor in (each for each in reversed(FACTORS) if each < 1 and wanted):
+        if min(curve.values()) < min(wanted):
+            break
+        curve[factor] = relative_entropy(factor)
+    for factor in (each for each in FACTORS if each > 1 and wanted):
+        if max(curve.values()) > max(wanted):
+            break
+        curve[factor] = relative_entropy(factor)
+    factors = sorted(curve)
+    entropies = np.maximum.accumulate([curve[factor] for factor in factors])  # sampled, so it may fall slightly
     match = partial(
         diagnostics.matched_temperature,
-        lambda temperature: float(np.interp(temperature, temperatures, curve)),
-        low=temperatures[0],
-        high=temperatures[-1],
+        lambda factor: float(np.interp(factor, factors, entropies)),
+        low=factors[0],
+        high=factors[-1],
     )
-    for name in matched:
-        found[name]["matched_temperature"] = [match(each) for each in found[name]["entropy"]]
-    return found
+
+    def interval(ratio: float, low: float, high: float) -> list[float]:
+        return [
+            match(ratio),
+            match(low) if low > entropies[0] else 0.0,
+            match(high) if high < entropies[-1] else math.inf,
+        ]
+
+    return {name: interval(*ratio) if name in known else [math.nan, 0.0, math.inf] for name, ratio in ratios.items()}
 
 
 def _mean_per_token(column: tuple[np.ndarray, np.ndarray], asked_B: np.ndarray) -> diagnostics.Estimate:

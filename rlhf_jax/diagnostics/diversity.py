@@ -72,9 +72,22 @@ def equal_distinct_n(sets: Sequence[Sequence[Tokens]], *, n: int) -> list[float]
         >>> diagnostics.equal_distinct_n([[[1, 2]], [[1, 2, 3, 4]]], n=1)
         [1.0, 1.0]
     """
-    sizes = [int(_counts(each, n).sum()) for each in sets]
-    smallest = min((size for size in sizes if size), default=None)
-    return [distinct_n(each, n=n, size=smallest if size else None) for each, size in zip(sets, sizes)]
+    smallest = fewest_ngrams(sets, n=n)
+    return [distinct_n(each, n=n, size=smallest if _counts(each, n).sum() else None) for each in sets]
+
+
+def fewest_ngrams(sets: Sequence[Sequence[Tokens]], *, n: int) -> int:
+    """Returns the number of n-grams to which `equal_distinct_n` reduces all sets; 0 if no set has any.
+
+    Report it with the ratios, because those of different sizes cannot be compared.
+
+    Example:
+        >>> from rlhf_jax import diagnostics
+        >>> diagnostics.fewest_ngrams([[[1, 2]], [[1, 2, 3, 4]], []], n=2)
+        1
+    """
+    sizes = (int(_counts(each, n).sum()) for each in sets)
+    return min((size for size in sizes if size), default=0)
 
 
 def self_bleu(sequences: Sequence[Tokens], *, n: int = 4) -> float:

@@ -104,7 +104,7 @@ COLUMNS = (
     Column("self_bleu", "Self-BLEU", "", digits=3),
     Column("entropy", "Entropy (nats per token)", "", digits=3),
     Column("entropy_ratio", "Entropy relative to the initial model", "", digits=3),
-    Column("matched_temperature", "Temperature of the initial model with this entropy", "", digits=2),
+    Column("matched_temperature", "Relative temperature of the initial model with this entropy", "", digits=2),
 )
 
 
@@ -239,7 +239,8 @@ ROUGH_MARK, ROUGH_NOTE = "*", f"* fewer than {FEW_CLUSTERS} independent conversa
 def format_parts(value: Any, *, percent: bool = False, digits: int = 1) -> tuple[str, str]:
     """Returns a value and its interval as strings; without an interval, the second string is empty.
 
-    The interval from 0 to 1, which is that of a rate in a single cluster, counts as none.
+    The intervals from 0 to 1 and from 0 to infinity, which are those of a rate and of a positive ratio in a single
+    cluster, count as none.
 
     Example:
         >>> from rlhf_jax.report import results
@@ -259,7 +260,7 @@ def format_parts(value: Any, *, percent: bool = False, digits: int = 1) -> tuple
         format_number(x, percent=percent, digits=digits) if x is not None and math.isfinite(x) else ""
         for x in (parsed.low, parsed.high)
     )
-    if (parsed.low, parsed.high) == (0.0, 1.0):
+    if parsed.low == 0 and parsed.high in (1.0, math.inf, None):
         return mean, ""
     if not (low and high):
         return mean, f"from {low}" if low else f"up to {high}" if high else ""

@@ -74,6 +74,14 @@ def test_the_measurements_are_drawn_and_the_claim_is_described(name):
     assert all(getattr(module.CLAIM, each.name) for each in dataclasses.fields(module.CLAIM) if each.name != "changes")
 
 
+def test_temperatures_beyond_the_measured_range_are_named_in_the_plot():
+    measured = narrower_distribution(np.random.default_rng(0), 1)
+    measured["ppo"]["matched_temperature"] = 2.0
+    assert "1 of 1 seeds beyond the measured range" in c26_narrower_distribution.plot([measured])
+    measured["ppo"]["matched_temperature"] = 0.7
+    assert "beyond" not in c26_narrower_distribution.plot([measured])
+
+
 def test_the_slope_is_the_change_in_accuracy_for_each_doubling():
     sizes = model_stages.LOG_SIZES
     measured = {

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import pathlib
+from typing import Any
+from unittest import mock
 
 import constitutional
 import jax
@@ -10,7 +12,9 @@ import numpy as np
 import pytest
 from constitution import ai_stages, harm_evaluation, own_settings, red_team
 from finetune import comparisons, demonstrations
+from launch import settings as instructgpt_settings
 from launch.run_settings import SettingError
+from recipe import jobs, tasks
 
 from rlhf_jax import feedback, lm, losses, types
 from rlhf_jax.data import errors, readers, tokenizers
@@ -175,6 +179,27 @@ def test_soft_labels_that_contradict_the_order_are_refused(tmp_path):
     assert [comparisons.soft_label(each) for each in rankings[:5]] == [0.8, 0.5, None, None, None]
     with pytest.raises(errors.DataError, match=r"pairs.jsonl.*'preference' is 0.3.*exchange the answers"):
         comparisons.soft_label(rankings[5])
+
+
+def test_policies_are_evaluated_on_both_kinds_of_prompts():
+    asked = instructgpt_settings.preset("smoke")
+    asked = dataclasses.replace(
+        asked,
+        net=dataclasses.replace(asked.net, layers=1, width=32, mlp=64, heads=2),
+        pretrain=dataclasses.replace(asked.pretrain, documents=400),
+        sft=dataclasses.replace(asked.sft, demonstrations=16),
+        evaluation=dataclasses.replace(asked.evaluation, prompts=8, transcripts=2),
+    )
+    silent: Any = mock.MagicMock()
+    job = jobs.make_job(asked, tasks.make_task(asked), model=None, checkpoints=silent, log=silent, progress=silent)
+    start = jax.jit(lambda key: lm.init(key, cfg=job.cfg))(jax.random.key(0))
+    reward = lm.with_head(jax.random.key(1), start, job.cfg)
+    policies: Any = dict.fromkeys(harm_evaluation.POLICIES, start)
+    results = harm_evaluation.evaluate(job, policies, reward, red_team_share=0.5)
+    for row in results["policies"].values():
+        assert {"harmlessness", "helpfulness", "reward", "diversity", "self_bleu"} <= set(row)
+    assert results["policies"]["rl_cai"]["kl"][0] == pytest.approx(0, abs=1e-4)
+    assert results["diversity_pairs"] > 1 and len(results["transcripts"]) == 2
 
 
 def smoke(out):

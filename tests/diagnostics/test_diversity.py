@@ -45,6 +45,9 @@ def test_a_larger_set_from_the_same_distribution_is_equally_diverse_at_equal_siz
     assert plain[0] - plain[1] > 0.3
     assert equal[0] == plain[0] and equal[1] == pytest.approx(plain[0], abs=0.02)
     assert np.isnan(equal[2:]).all()
+    size = diagnostics.fewest_ngrams([small, large, [], [[3]]], n=2)
+    assert size == sum(len(row) - 1 for row in small)
+    assert equal[1] == diagnostics.distinct_n(large, n=2, size=size) and diagnostics.fewest_ngrams([[[3]]], n=2) == 0
 
 
 def test_too_large_a_size_is_refused():

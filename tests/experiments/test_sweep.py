@@ -327,14 +327,21 @@ def test_the_diversity_of_a_policy_is_compared_with_that_of_the_initial_model(tm
     settings = dataclasses.replace(asked, evaluation=dataclasses.replace(asked.evaluation, temperature=temperature))
     job = job_in(tmp_path, settings)
     shared, prompts, base = shared_by(job), job.task.eval_prompts, temperature or 1.0
-    sharp = shared.start | {"embed": jax.tree.map(lambda x: 1.5 * x, shared.start["embed"])}
+    sharp = shared.start | {"final_norm": jax.tree.map(lambda x: 1.5 * x, shared.start["final_norm"])}
     policies = {"sft_mix": shared.start, "ppo": sharp}
     answers = {
         name: job.sampler(params, shared.start, shared.reward, prompts, jax.random.key(0), temperature=base)
         for name, params in policies.items()
     }
     found = evaluation.diversity_of_policies(
-        job, policies, answers, prompts, shared.reward, initial="sft_mix", matched=("ppo",), rng=jax.random.key(1)
+        job,
+        policies,
+        answers,
+        prompts,
+        shared.reward,
+        initial="sft_mix",
+        matched=tuple(policies),
+        rng=jax.random.key(0),
     )
     for name, params in policies.items():
         rows: Any = answers[name]
@@ -351,8 +358,82 @@ def test_the_diversity_of_a_policy_is_compared_with_that_of_the_initial_model(tm
     assert found["ppo"]["entropy_ratio"][0] == pytest.approx(narrow / wide)
     mean, low, high = found["ppo"]["matched_temperature"]
     assert narrow < wide and low < mean < high
-    assert 0.1 * base < mean < base
-    assert "matched_temperature" not in found["sft_mix"]
+    # The policy's logits are 1.5 times those of the initial model, and the random keys are equal.
+    assert mean == pytest.approx(1 / 1.5, abs=0.05)
+    assert found["sft_mix"]["matched_temperature"] == pytest.approx([1, 1, 1], abs=1e-3)
+    few = {name: jax.tree.map(lambda x: x[:1], each) for name, each in answers.items()}
+    single = evaluation.diversity_of_policies(
+        job, policies, few, prompts.take(1), shared.reward, initial="sft_mix", matched=("ppo",), rng=jax.random.key(0)
+    )
+    mean, *bounds = single["ppo"]["matched_temperature"]
+    assert 0.1 <= mean <= 2 and bounds == [0, math.inf], "a single cluster has no interval"
+    assert "matched_temperature" not in single["sft_mix"]
+
+
+def test_the_initial_model_is_sampled_until_all_targets_are_between_two_temperatures():
+    called = []
+
+    def match(*ratio):
+        called.clear()
+        return evaluation.match_temperatures({"ppo": ratio}, lambda factor: called.append(factor) or factor)["ppo"]
+
+    cases: list[Any] = [
+        ((0.7, 0.65, 0.75), [0.7, 0.65, 0.75], [0.8, 0.6]),
+        ((0.95, 0.9, 1.1), [0.95, 0.9, 1.1], [0.8, 1.2]),
+        ((1.5, 1.4, 5.0), [1.5, 1.4, math.inf], [1.2, 1.6, 2.0]),
+        ((3.0, 2.5, 4.0), [2.0, 2.0, math.inf], [1.2, 1.6, 2.0]),
+        ((0.9, 0.0, math.inf), [0.9, 0.0, math.inf], [0.8]),
+        ((0.0, 0.0, math.inf), [0.1, 0.0, math.inf], [0.8, 0.6, 0.4, 0.2, 0.1]),
+        ((0.5, 0.05, 0.6), [0.5, 0.0, 0.6], [0.8, 0.6, 0.4, 0.2, 0.1]),
+    ]
+    for ratio, expected, factors in cases:
+        assert match(*ratio) == pytest.approx(expected, abs=2e-3) and called == factors
+    assert math.isnan(match(math.nan, 0.0, math.inf)[0]) and not called
+
+
+def test_a_temperature_beyond_the_range_is_noted(tmp_path, monkeypatch):
+    job, notes = job_in(tmp_path, small()), []
+    monkeypatch.setattr(evaluation, "match_temperatures", lambda *_: {"ppo": [2.0, 2.0, math.inf]})
+    shared, prompts = shared_by(job), job.task.eval_prompts
+    answers = run_grid.sample_answers(job, shared, prompts, shared.start, seed=0)
+    evaluation.diversity_of_policies(
+        dataclasses.replace(job, note=lambda stage, text: notes.append(text)),
+        {"sft_mix": shared.start, "ppo": shared.start},
+        {"sft_mix": answers, "ppo": answers},
+        prompts,
+        shared.reward,
+        initial="sft_mix",
+        matched=("ppo",),
+        rng=jax.random.key(0),
+    )
+    assert len(notes) == 1 and "beyond 2" in notes[0]
+
+
+@pytest.mark.parametrize("temperature", [None, 0.5])
+def test_answers_at_another_temperature_are_not_compared(tmp_path, temperature):
+    asked = small()
+    asked = dataclasses.replace(asked, evaluation=dataclasses.replace(asked.evaluation, temperature=temperature))
+    job = job_in(tmp_path, asked)
+    shared = shared_by(job)
+    answers = run_grid.sample_answers(job, shared, job.task.eval_prompts, shared.start, seed=0)
+    measured = {name: evaluation.Measured(answers, {}) for name in ("sft_mix", "best_of_n")}
+    pairs = evaluation._add_diversity(job, {"sft_mix": shared.start}, measured, shared.reward, jax.random.key(0))
+    assert set(measured["sft_mix"].numbers) == {"diversity", "self_bleu", "entropy", "entropy_ratio"}
+    assert set(measured["best_of_n"].numbers) == (set() if temperature else {"diversity", "self_bleu"})
+    assert pairs == sum(max(int(n) - 1, 0) for n in answers.lengths_B)
+
+
+def test_entropies_do_not_depend_on_the_chunk_and_models_share_the_program(tmp_path, monkeypatch):
+    evaluation._entropy_step.cache_clear()
+    first, second = (job_in(tmp_path / name, small()) for name in "ab")
+    shared = shared_by(first)
+    answers = run_grid.sample_answers(first, shared, first.task.eval_prompts, shared.start, seed=0)
+    whole, again = (evaluation._entropies(job, shared.start, answers, 0.7) for job in (first, second))
+    step = evaluation._entropy_step(first.cfg, first.task.prompt_width, None)
+    assert step.traces == 1 and evaluation._entropy_step.cache_info().misses == 1
+    np.testing.assert_array_equal(whole, again)
+    monkeypatch.setattr(policy_sampling, "LONG_CHUNK", 3)
+    np.testing.assert_allclose(evaluation._entropies(first, shared.start, answers, 0.7), whole, rtol=1e-4)
 
 
 def test_policies_are_compared_at_equally_many_pairs_of_tokens(tmp_path):
@@ -361,10 +442,11 @@ def test_policies_are_compared_at_equally_many_pairs_of_tokens(tmp_path):
     answers = run_grid.sample_answers(job, shared, job.task.eval_prompts, shared.start, seed=0)
     few = jax.tree.map(lambda x: x[:3], answers)
     P = job.task.prompt_width
-    found = evaluation.diversity_of_answers({"few": few, "many": answers}, prompt_width=P)
+    found, pairs = evaluation.diversity_of_answers({"few": few, "many": answers}, prompt_width=P)
     sets = [[row[P:][mask].tolist() for row, mask in zip(x.tokens_BL, x.response_mask_BT)] for x in (few, answers)]
     assert [each["diversity"] for each in found.values()] == diagnostics.equal_distinct_n(sets, n=2)
     assert found["many"]["self_bleu"] == diagnostics.self_bleu(sets[1])
+    assert pairs == sum(max(len(row) - 1, 0) for row in sets[0])
 
 
 def test_equal_answers_share_a_score_so_that_the_kl_of_best_of_n_is_lower(tmp_path):

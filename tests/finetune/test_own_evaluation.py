@@ -454,6 +454,7 @@ def test_evaluate_agrees_with_a_direct_computation(compared, reward_model):
         assert row["stopped"][0] == pytest.approx(np.mean([line["stopped"] for line in lines]))
     words = [[line["response"].split() for line in lines] for lines in samples]
     assert [row["diversity"] for row in (first, second)] == pytest.approx(diagnostics.equal_distinct_n(words, n=2))
+    assert results["diversity_pairs"] == min(sum(max(len(row) - 1, 0) for row in each) for each in words)
     assert [row["self_bleu"] for row in (first, second)] == pytest.approx(
         [diagnostics.self_bleu(each) for each in words]
     )
@@ -528,6 +529,26 @@ def test_evaluate_names_the_number_formats_and_is_no_model(
         assert text in capsys.readouterr().out
     with pytest.raises(run_folder.SettingError, match=r"it is a run of evaluate\.py, which has no model"):
         initial_model.check(str(tmp_path / "out-None"), kind=initial_model.REWARD_MODEL)
+
+
+def test_refused_answers_count_neither_as_short_nor_as_finished(compared, tmp_path, capsys):
+    _, _, samples = compared
+    refusal = {"response": "no", "tokens": 0, "stopped": True, "logprob": 0.0, "refused": True}
+    changed = [line | refusal if line["index"] % 3 == 0 else line for line in samples[0]]
+    every = [line | refusal for line in samples[1]]
+    files = [tmp_path / f"{name}.jsonl" for name in ("plain", "some", "all")]
+    for file, lines in zip(files, (samples[0], changed, every)):
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "own.py").write_text("def length(prompts, responses):\n    return [len(r) for r in responses]\n")
+    made = evaluation(tmp_path, samples=tuple(map(str, files)), reward=(f"{tmp_path}/own.py:length",))
+    plain, some, none = evaluate.run(made)["policies"].values()
+    answered = [line for line in samples[0] if line["index"] % 3]
+    assert some["length"][0] == pytest.approx(np.mean([line["tokens"] for line in answered]))
+    assert some["characters"][0] == pytest.approx(np.mean([len(line["response"]) for line in answered]))
+    assert some["stopped"][0] == pytest.approx(np.mean([line["stopped"] for line in answered]))
+    assert some["refused"][0] == pytest.approx(1 / 3) and none["refused"][0] == 1 and "refused" not in plain
+    assert not {"length", "characters", "stopped"} & set(none) and none["score"][0] == 2
+    assert "refused by a gate, %" in capsys.readouterr().out
 
 
 def test_evaluate_joins_files_of_samples_by_prompt(compared, reward_model, tmp_path):

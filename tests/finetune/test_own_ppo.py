@@ -82,6 +82,7 @@ def test_training_raises_the_count_of_a_letter(files, tmp_path, capsys):
     assert before["kl"][0] == 0 and after["kl"][1] > 0
     assert after["entropy_ratio"][2] < 1 and after["diversity"] < before["diversity"]
     assert after["self_bleu"] > before["self_bleu"] and "entropy_ratio" not in before
+    assert isinstance(results["diversity_pairs"], int) and results["diversity_pairs"] > 1
     cfg, params = lm.load(tmp_path / "run" / "model")
     assert cfg.n_layers == 1 and "head" not in params
     lines = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]

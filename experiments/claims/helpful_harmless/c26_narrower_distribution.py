@@ -2,8 +2,9 @@
 
 A policy after PPO and the SFT model that it starts from answer the held-out prompts. Compared are the mean entropy per
 token at their own answers, the share of distinct pairs of tokens among equally many pairs, and the temperature at which
-the SFT model has the entropy of the policy. The paper finds that bias scores of a policy match those of its initial
-model at a temperature of about 0.6.
+the SFT model has the entropy of the policy, relative to that of the policy. Temperatures are at most 2, where a higher
+one counts as 2. The paper finds that bias scores of a policy match those of its initial model at a temperature of about
+0.6.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def measure(trial: Trial) -> Measured:
 
 
 def diversity(trial: Trial, start: types.Params, policy: dict[str, Any], reward: types.Params) -> Measured:
-    """Returns entropy per token, distinct-2, self-BLEU and, for the policy, the matched temperature."""
+    """Returns entropy per token, distinct-2 with its number of pairs, self-BLEU and the matched temperature."""
     prompts, key = trial.task.eval_prompts, jax.random.fold_in(trial.key("evaluate"), 3000)
     policies = {"start": start, "ppo": policy["policy"]}
     answers = {
@@ -46,10 +47,10 @@ def diversity(trial: Trial, start: types.Params, policy: dict[str, Any], reward:
         reward,
         initial="start",
         matched=("ppo",),
-        rng=jax.random.fold_in(key, len(policies)),
+        rng=jax.random.fold_in(key, 0),
     )
-    found = evaluation.diversity_of_answers(answers, prompt_width=trial.task.prompt_width)
-    return {
+    found, pairs = evaluation.diversity_of_answers(answers, prompt_width=trial.task.prompt_width)
+    return {"pairs": pairs} | {
         name: found[name] | {key: value[0] for key, value in narrowed[name].items()} | {"gold": _gold(answers[name])}
         for name in policies
     }
@@ -73,7 +74,9 @@ def decide(measured_S: Sequence[Measured]) -> list[verdicts.Part]:
 
 def plot(measured_S: Sequence[Measured]) -> str:
     """Draws entropy and distinct pairs of both models, a line for each seed, and names the mean temperature."""
-    temperature = np.mean([each["ppo"]["matched_temperature"] for each in measured_S])
+    temperatures_S = [each["ppo"]["matched_temperature"] for each in measured_S]
+    beyond = sum(each in (evaluation.FACTORS[0], evaluation.FACTORS[-1]) for each in temperatures_S)
+    note = f" ({beyond} of {len(temperatures_S)} seeds beyond the measured range)" if beyond else ""
     with plots.axes(height=2.8) as (svg, (ax,)):
         for measured in measured_S:
             x, y = ([measured[name][axis] for name in ("start", "ppo")] for axis in ("entropy", "diversity"))
@@ -81,7 +84,7 @@ def plot(measured_S: Sequence[Measured]) -> str:
         for name, color, label in (("start", "sft_mix", "SFT"), ("ppo", "ppo", "PPO")):
             x, y = ([measured[name][axis] for measured in measured_S] for axis in ("entropy", "diversity"))
             ax.plot(x, y, "o", color=plots.color(color), label=label)
-        ax.set_title(f"SFT has the entropy of PPO at a temperature of {temperature:.2f}", fontsize=8)
+        ax.set_title(f"SFT has the entropy of PPO at a temperature of {np.mean(temperatures_S):.2f}{note}", fontsize=8)
         ax.set_xlabel("entropy, nats per token")
         ax.set_ylabel("share of distinct pairs of tokens")
         ax.legend()
