@@ -100,7 +100,8 @@ def test_context_distillation_lowers_the_held_out_kl_and_saves_a_model(prompted_
     share = 1 - found["kl_after"][0] / found["kl_before"][0]
     assert found["share_removed"][0] == pytest.approx(share, rel=1e-6) and share > 0.2
     assert results["rows"] == {"training": 116, "held_out": 12}, "58 and 6 dialogues, and as many rows of text"
-    assert results["steps"] == 44 and results["clusters"] == {"held-out KL": 12}
+    assert results["steps"] == 44
+    assert results["clusters"] == {"held-out KL": 10}, "6 conversations, and 4 documents in which rows of text start"
     rates = [row["learning_rate"] for row in metrics.read(prompted_run) if row["stage"] == "distill"]
     peak = int(np.argmax(rates))
     np.testing.assert_allclose(np.diff(rates[peak + 1 :]), -3e-3 / 44, rtol=1e-3)
