@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from launch.run_settings import SettingError
 from launch.settings import Data
 from recipe import human_comparisons, tasks
 
+from distillation import distill_settings
 from distillation.distill_settings import OwnDistillSettings
 from rlhf_jax import types
 from rlhf_jax.data import chat, errors, packing, plain_text
@@ -27,7 +29,15 @@ class Rows:
     ids: list[list[int]]
     n_train: int
     clusters: list[int]
-    """For each held-out row, the index of its conversation or document; rows of the same are not independent."""
+    """For each held-out row, the number of its conversation or of the document in which it starts; rows with the same
+    number are not independent."""
+
+    def digest(self) -> str:
+        """Returns a SHA-256 of the token ids, on which the chat template and its options have an effect."""
+        found = hashlib.sha256()
+        for ids in self.ids:
+            found.update(np.asarray([len(ids), *ids], "<i8").tobytes())
+        return found.hexdigest()
 
 
 class Made(NamedTuple):
@@ -48,18 +58,25 @@ def user_turn(fmt: chat.ChatFormat) -> list[int]:
     return plain_text.encode_rendered(fmt.tokenizer, [text[: text.index(_MARK)]])[0]
 
 
-def text_rows(fmt: chat.ChatFormat, texts: Sequence[str], *, width: int) -> list[list[int]]:
+def text_rows(fmt: chat.ChatFormat, texts: Sequence[str], *, width: int) -> tuple[list[list[int]], list[int]]:
     """Returns rows of ``width`` tokens: the start of a user turn, followed by pretraining text (Bai et al. 2022, A.1).
 
     The documents are concatenated with the end token between them. Tokens that do not fill a row are left out.
+
+    Returns:
+        The rows, and for each row the index of the document in which it starts.
     """
     start = user_turn(fmt)
     if width <= len(start):
         raise SettingError(f"--data.width is {width}; it must be above {len(start)}, the start of a user turn")
     end, documents = tasks.document_end(fmt), plain_text.encode_texts(fmt.tokenizer, texts)
     documents = [ids[:-1] if ids and ids[-1] == end else ids for ids in documents]
-    packed_BL, _ = packing.pack_documents(documents, width=width - len(start), eos_id=end)
-    return [[*start, *row] for row in packed_BL.tolist()]
+    size, ends_N = width - len(start), np.cumsum([len(ids) + 1 for ids in documents])
+    if not documents or ends_N[-1] < size:
+        return [], []
+    packed_BL, _ = packing.pack_documents(documents, width=size, eos_id=end)
+    first_B = np.searchsorted(ends_N, size * np.arange(len(packed_BL)), side="right")
+    return [[*start, *row] for row in packed_BL.tolist()], first_B.tolist()
 
 
 def dialogues(
@@ -83,7 +100,8 @@ def dialogues(
     encoded, width = demonstrations.encode(
         fmt, found, width=data.width, max_width=max_width, train_on="everything", counts=counts
     )
-    return *demonstrations.split(encoded, data.held_out, key, flag="--data.held-out"), width, preferred
+    held_out = distill_settings.kept(settings).held_out
+    return *demonstrations.split(encoded, held_out, key, flag="--data.held-out"), width, preferred
 
 
 def make(
@@ -102,32 +120,33 @@ def make(
     parts, notes = ([train.ids, held_out.ids], [])
     clusters = human_comparisons.conversation_ids(held_out.records).tolist() if held_out.ids else []
     if settings.data.pretraining is not None:
-        texts = _texts(settings, jax.random.fold_in(key, 1))
+        mix, texts = distill_settings.kept(settings).mix, _texts(settings, jax.random.fold_in(key, 1))
         for part, (mine, documents) in enumerate(zip((train.ids, held_out.ids), texts)):
-            wanted = round(len(mine) * settings.mix / (1 - settings.mix))
-            rows = text_rows(fmt, documents, width=width)[:wanted] if wanted else []
+            wanted = round(len(mine) * mix / (1 - mix))
+            rows, first = text_rows(fmt, documents, width=width) if wanted else ([], [])
+            rows, first = rows[:wanted], first[:wanted]
             if len(rows) < wanted:
                 name = ("training", "held-out")[part]
                 share = len(rows) / (len(rows) + len(mine))
                 notes.append(
-                    f"{share:.1%} of the {name} rows are pretraining text instead of --mix {settings.mix:g}: "
+                    f"{share:.1%} of the {name} rows are pretraining text instead of --mix {mix:g}: "
                     f"--data.pretraining has text for {errors.counted(len(rows), 'rows')} of {wanted}"
                 )
             parts[part] = mine + rows
             if part == 1:
-                first = max(clusters, default=-1) + 1
-                clusters += range(first, first + len(rows))
+                used = max(clusters, default=-1) + 1
+                clusters += [used + document for document in first]
     remark = "the file has comparisons; their preferred answers end the dialogues" if preferred else ""
     return Made(Rows(parts[0] + parts[1], len(parts[0]), clusters), width, notes, remark)
 
 
 def _texts(settings: OwnDistillSettings, key: jax.Array) -> tuple[list[str], list[str]]:
     """Returns the training and held-out documents of --data.pretraining."""
-    data = settings.data
-    if data.held_out == 0:
-        whole = human_comparisons.read_texts(Data(pretraining=data.pretraining, held_out=0.5), key)
+    path, held_out = settings.data.pretraining, distill_settings.kept(settings).held_out
+    if held_out == 0:
+        whole = human_comparisons.read_texts(Data(pretraining=path, held_out=0.5), key)
         return whole[0] + whole[1], []
-    return human_comparisons.read_texts(Data(pretraining=data.pretraining, held_out=data.held_out), key)
+    return human_comparisons.read_texts(Data(pretraining=path, held_out=held_out), key)
 
 
 def padded(rows: Sequence[Sequence[int]], *, width: int, pad_id: int) -> types.TokenBatch:

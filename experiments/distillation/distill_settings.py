@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from launch.run_settings import Optimizer, RunSettings, SettingError, StageSettings, is_architecture
 from launch.setting_checks import require, value_of
@@ -32,26 +32,24 @@ class Text:
     (.txt), or records with a field `text`. None uses dialogues only."""
     max_dropped: float = 0.01
     """Maximum share of unusable records in --data.path. A file with a larger share is refused."""
-    held_out: float = 0.05
+    held_out: float | None = None
     """Share of the dialogues and of the documents held out to measure the KL before and after training. 0 holds out
-    none."""
+    none. None uses 0.05."""
     width: int | None = None
     """Maximum number of tokens in a row, without the prompt. Longer dialogues lose their oldest turns, then the end of
     their answer. None uses the width that holds 99 % of them, at most what student and teacher can read."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Distribution:
-    """What is kept of the teacher's distributions."""
+class Kept(NamedTuple):
+    """What is kept of the teacher's distributions, and of which rows."""
 
     k: int = 50
-    """Number of most likely tokens that are kept at each position. The loss treats all other tokens as one."""
     mix: float = 0.5
-    """Share of pretraining text among the rows; the others are dialogues."""
+    held_out: float = 0.05
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OwnDistillSettings(Distribution, StageSettings):
+class OwnDistillSettings(StageSettings):
     """Settings of distill.py with --model."""
 
     command: ClassVar[str] = "distill"
@@ -71,6 +69,11 @@ class OwnDistillSettings(Distribution, StageSettings):
     teacher_file: str | None = None
     """File of the teacher's distributions. If it exists, it is used, and the settings from which it was made must fit;
     otherwise, it is made there. Students of any size can share it. None makes a file in the run folder."""
+    k: int | None = None
+    """Number of most likely tokens that are kept at each position. The loss treats all other tokens as one. None uses
+    50 or, if --teacher-file exists, its number."""
+    mix: float | None = None
+    """Share of pretraining text among the rows; the others are dialogues. None uses 0.5."""
     learning_rate: float | None = None
     """Peak learning rate, with a linear warmup over the first tenth of the steps and linear decay to 0. None uses 2e-5
     for a given model, 0.05 times a typical rate of pretraining, 2e-4 with --lora.rank and 1e-3 for random weights."""
@@ -94,7 +97,7 @@ class Teacher:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class WorldDistillSettings(Distribution, Optimizer, RunSettings):
+class WorldDistillSettings(Optimizer, RunSettings):
     """Settings of distill.py in the built-in world."""
 
     command: ClassVar[str] = "distill"
@@ -103,6 +106,10 @@ class WorldDistillSettings(Distribution, Optimizer, RunSettings):
     """`default`, or `smoke`, which runs all stages in seconds, too short to learn much."""
     prompt: str = WORLD_PROMPT
     """Text that only the teacher reads, before each question, in words of the built-in world."""
+    k: int = Kept().k
+    """Number of most likely tokens that are kept at each position. The loss treats all other tokens as one."""
+    mix: float = Kept().mix
+    """Share of pretraining text among the rows; the others are dialogues."""
     rows: int = 3000
     """Number of dialogues that the teacher reads, at most --teacher.demonstrations; --mix adds pretraining text."""
     learning_rate: float | None = None
@@ -173,6 +180,12 @@ def resolve(settings: OwnDistillSettings) -> OwnDistillSettings:
     return settings
 
 
+def kept(settings: OwnDistillSettings) -> Kept:
+    """Returns the settings of a file that is made, with the defaults of those that are not given."""
+    given = {"k": settings.k, "mix": settings.mix, "held_out": settings.data.held_out}
+    return Kept(**{name: value for name, value in given.items() if value is not None})
+
+
 def has_file(settings: OwnDistillSettings) -> bool:
     """Returns whether --teacher-file exists, so that no teacher is needed."""
     return settings.teacher_file is not None and pathlib.Path(settings.teacher_file).exists()
@@ -196,7 +209,7 @@ def check_own(settings: OwnDistillSettings) -> None:
         raise SettingError(f"--model {settings.model} has random weights; give --teacher, whose tokenizer it gets")
     if settings.data.path is None:
         raise SettingError("--data.path is missing; give a file of dialogues, or a --teacher-file that exists")
-    if settings.data.pretraining is None and settings.mix != Distribution.mix:
+    if settings.data.pretraining is None and settings.mix is not None:
         raise SettingError("--mix has no effect without --data.pretraining; leave it out")
     if settings.data.pretraining is not None and settings.mix == 0:
         raise SettingError("--data.pretraining has no effect with --mix 0; leave it out")
@@ -208,8 +221,9 @@ def check_world(settings: WorldDistillSettings) -> None:
     for name in _POSITIVE:
         number = value_of(settings, name)
         require(0 < number < math.inf, settings, name, "positive and finite")
-    for name in ("pretrain.warmup", "teacher.slips"):
+    for name in ("pretrain.warmup", "teacher.slips", "transcripts"):
         require(value_of(settings, name) >= 0, settings, name, "at least 0")
+    require(settings.held_out >= 2, settings, "held_out", "at least 2, for an interval")
     most = settings.teacher.demonstrations
     require(settings.rows <= most, settings, "rows", f"at most {most}, --teacher.demonstrations")
     width, heads = settings.net.width, settings.net.heads
@@ -218,5 +232,5 @@ def check_world(settings: WorldDistillSettings) -> None:
 
 
 def _check_shared(settings: Any) -> None:
-    require(settings.k >= 1, settings, "k", "at least 1")
-    require(0 <= settings.mix < 1, settings, "mix", "at least 0 and below 1")
+    require(settings.k is None or settings.k >= 1, settings, "k", "at least 1")
+    require(settings.mix is None or 0 <= settings.mix < 1, settings, "mix", "at least 0 and below 1")

@@ -142,7 +142,7 @@ def train_student(
     batch = min(batch, n)
     steps = -(-epochs * n // batch)
     key = jax.random.fold_in(engine.stage_key(job.settings.seed, "sft"), 11)
-    order = batching.epoch_batches(0, n=n, batch_size=batch, key=key, steps=steps)
+    order = batching.epoch_batches(0, n=n, batch_size=batch, key=jax.random.fold_in(key, 0), steps=steps)
     state = job.fit(
         "distill",
         _compiled_step(job.cfg, job.mesh),  # type: ignore[arg-type]  # frozen, thus hashable

@@ -68,7 +68,8 @@ def _prepare(settings: OwnDistillSettings, mesh: Any, counts: errors.DropCount) 
             f"--prompt has {len(prompt)} tokens, which leave no room for a row within the {teacher_cfg.max_length} "
             "that the teacher can read; shorten it"
         )
-    for name, value, most in (("data.width", settings.data.width, limit), ("k", settings.k, student.cfg.vocab_size)):
+    kept = distill_settings.kept(settings)
+    for name, value, most in (("data.width", settings.data.width, limit), ("k", kept.k, student.cfg.vocab_size)):
         if value is not None and value > most:
             what = "the size of the vocabulary" if name == "k" else "what student and teacher can read after the prompt"
             raise SettingError(f"--{name} is {value}; it must be at most {most}, {what}")
@@ -77,9 +78,9 @@ def _prepare(settings: OwnDistillSettings, mesh: Any, counts: errors.DropCount) 
     rows = made.rows
     digest = teacher or student.path
     header = {
-        "k": settings.k,
-        "mix": settings.mix if settings.data.pretraining is not None else 0.0,
-        "held_out": settings.data.held_out,
+        "k": kept.k,
+        "mix": kept.mix if settings.data.pretraining is not None else 0.0,
+        "held_out": kept.held_out,
         "seed": settings.seed,
         "teacher": initial_model.fingerprint(digest),
         "prompt": settings.prompt,
@@ -89,6 +90,7 @@ def _prepare(settings: OwnDistillSettings, mesh: Any, counts: errors.DropCount) 
         "dtype": initial_model.with_compute(teacher_cfg, settings.compute).dtype,
         "width": made.width,
         "rows": [rows.n_train, len(rows.ids) - rows.n_train],
+        "row_digest": rows.digest(),
         "clusters": rows.clusters,
         "prompt_tokens": len(prompt),
         "dropped": counts.dropped,
@@ -153,7 +155,7 @@ def _student(settings: OwnDistillSettings, mesh: Any, fmt: chat.ChatFormat | Non
 
 def _with_file(settings: OwnDistillSettings, mesh: Any, header: Mapping[str, Any]) -> stage_run.Prepared:
     """Prepares a run with a finished file; refuses settings that are given and from which it was not made."""
-    path, default = pathlib.Path(settings.teacher_file or ""), distill_settings.Text()
+    path = pathlib.Path(settings.teacher_file or "")
     given: dict[str, Any] = {}
     if settings.teacher is not None:
         student, folder, _ = _models(settings, mesh)
@@ -167,9 +169,7 @@ def _with_file(settings: OwnDistillSettings, mesh: Any, header: Mapping[str, Any
         if source is not None:
             given[name] = run_folder.data_digest(source)
     flags = {"k": settings.k, "mix": settings.mix, "held_out": settings.data.held_out, "width": settings.data.width}
-    defaults = {"k": settings.__class__.k, "mix": settings.__class__.mix}
-    defaults |= {"held_out": default.held_out, "width": default.width}
-    given |= {name: value for name, value in flags.items() if value != defaults[name]}
+    given |= {name: value for name, value in flags.items() if value is not None}
     teacher_stage.check_header(path, header, given)
     if header["width"] > student.cfg.max_length:
         raise SettingError(
@@ -186,13 +186,13 @@ def _train(
     inputs, initial, fmt = prepared.inputs, prepared.model.params, prepared.model.fmt
     path = inputs.path or folder / teacher_stage.NAME
     if inputs.rows is None:
-        job.progress.skip("teacher")
+        teacher_stage.use_finished(job, path)
     else:
         _write_file(settings, job, path, prepared)
     lessons = teacher_stage.Lessons(path, pad_id=fmt.pad_id)
     key = _key(settings.seed)
     start = training.trainable(settings.lora, job.cfg, initial, jax.random.fold_in(key, 3))
-    planned = training.schedule(job, "distill", lessons.n_train, settings, key=key)
+    planned = training.schedule(job, "distill", lessons.n_train, settings, key=jax.random.fold_in(key, 5))
     trained = training.fit(
         job,
         "distill",
@@ -233,7 +233,7 @@ def _write_file(settings: OwnDistillSettings, job: engine.Engine, path: pathlib.
             initial_model.with_compute(cfg, settings.compute), params, inputs.prompt, keep_first
         )
 
-    sizes: Any = {"k": settings.k, "width": inputs.header["width"], "pad_id": model.fmt.pad_id}
+    sizes: Any = {"k": inputs.header["k"], "width": inputs.header["width"], "pad_id": model.fmt.pad_id}
     teacher_stage.write(job, path, inputs.header, rows, load, **sizes)
 
 

@@ -106,12 +106,33 @@ def write(
         pad_id: Token id used for padding.
         per_pass: Number of rows in a forward pass.
     """
+    with _locked(path):
+        if path.exists():
+            check_header(path, record_file.RecordFile(path).header, header)
+            use_finished(job, path)
+            return
+        _write(job, path, header, rows, load(), k=k, width=width, pad_id=pad_id, per_pass=per_pass)
+
+
+def use_finished(job: engine.Engine, path: pathlib.Path) -> None:
+    """Skips the stage because the file exists, and removes the parts from which it was made if they are left."""
+    record_file.remove_parts(path)
+    job.progress.skip("teacher")
+
+
+def _write(
+    job: engine.Engine,
+    path: pathlib.Path,
+    header: Mapping[str, Any],
+    rows: distill_rows.Rows,
+    reader: Reader,
+    *,
+    k: int,
+    width: int,
+    pad_id: int,
+    per_pass: int,
+) -> None:
     n = len(rows.ids)
-    if path.exists():
-        check_header(path, record_file.RecordFile(path).header, header)
-        job.progress.skip("teacher")
-        return
-    reader = load()
     top_k = make_top_k(reader.cfg, reader.prompt, k=k, keep_first=reader.keep_first)
     step = parallel.JitStep(top_k, donate_argnums=(), mesh=job.mesh, batch_args=(1,), replicated_args=())
     job.progress.start("teacher", n)
@@ -124,25 +145,23 @@ def write(
 
     per_part = min(-(-n // (_PARTS * per_pass)) * per_pass, _LARGEST_PART)
     report = lambda done: job.progress.update("teacher", done, n)  # noqa: E731
-    with _locked(path):
-        record_file.write(path, header, records, n=n, per_part=per_part, progress=report)
+    record_file.write(path, header, records, n=n, per_part=per_part, progress=report)
     job.progress.finish("teacher")
 
 
 @contextlib.contextmanager
 def _locked(path: pathlib.Path) -> Iterator[None]:
-    """Raises SettingError if another process is writing the file."""
+    """Raises SettingError if another process is writing the file.
+
+    The empty file ``PATH.lock`` is kept: if it were deleted, two processes could lock two files of this name.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = path.with_name(path.name + ".lock")
-    with lock.open("w") as file:
+    with path.with_name(path.name + ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends, however it ends
         except BlockingIOError:
             raise SettingError(f"another process is writing --teacher-file {path}; wait until it ends") from None
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
+        yield
 
 
 def check_header(path: pathlib.Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

@@ -120,9 +120,9 @@ def _pretrain_preferences(
     job = dataclasses.replace(job, cfg=cfg)
     params = job.put_params(lm.with_head(jax.random.fold_in(key, 2), params, cfg))
     start = training.trainable(settings.lora, cfg, params, jax.random.fold_in(key, 3))
-    planned = training.schedule(job, PMP, len(rows.ranks_BK), own, key=key)
+    planned = training.schedule(job, PMP, len(rows.ranks_BK), own, key=jax.random.fold_in(key, 4))
     batch_at, _ = _packed(own, job, rows, planned, model)
-    options: dict[str, Any] = {"planned": planned, "batch_at": batch_at, "rng": key}
+    options: dict[str, Any] = {"planned": planned, "batch_at": batch_at, "rng": jax.random.fold_in(key, 5)}
     trained = training.fit(job, PMP, _make_train_step(cfg), start, rows, own, **options)
     facts = {"steps": planned.steps, "rows": len(rows.ranks_BK), "learning_rate": training.learning_rate(own)}
     merged = start.merge(start.frozen, trained.params)

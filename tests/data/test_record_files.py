@@ -78,16 +78,30 @@ def test_a_killed_write_continues_with_the_same_bytes(tmp_path):
     assert digest(tmp_path / "file") == digest(tmp_path / "whole")
 
 
-def test_parts_of_another_header_are_not_used(tmp_path):
+@pytest.mark.parametrize("header", [{"k": 2, "prompt": "be bad"}, None])
+def test_parts_of_another_or_an_unknown_header_are_neither_used_nor_deleted(tmp_path, header):
+    """The header is unknown if a process is killed while it deletes the parts."""
+
     def stop(start, end):
         if start:
             raise KeyboardInterrupt
         return [b"old"] * (end - start)
 
     with pytest.raises(KeyboardInterrupt):
-        record_file.write(tmp_path / "file", HEADER | {"prompt": "be bad"}, stop, n=4, per_part=2)
+        record_file.write(tmp_path / "file", header or HEADER, stop, n=4, per_part=2)
+    parts = tmp_path / "file.parts"
+    if header is None:
+        (parts / "header.json").unlink()
+    before = {each.name: each.read_bytes() for each in parts.iterdir()}
+    with pytest.raises(errors.DataError, match=f"^{parts} has parts of a file that was made from something else"):
+        record_file.write(tmp_path / "file", HEADER, numbers, n=4, per_part=2)
+    assert {each.name: each.read_bytes() for each in parts.iterdir()} == before and before
+    record_file.remove_parts(tmp_path / "file")
+    record_file.remove_parts(tmp_path / "file")  # nothing is left to remove
+    parts.mkdir()
+    (parts / "header.json.tmp").touch()  # of a process that was killed before it made a part
     record_file.write(tmp_path / "file", HEADER, numbers, n=4, per_part=2)
-    assert record_file.RecordFile(tmp_path / "file").read(range(4)) == numbers(0, 4)
+    assert record_file.RecordFile(tmp_path / "file").read(range(4)) == numbers(0, 4) and not parts.exists()
 
 
 def test_files_that_are_damaged_or_are_something_else_are_refused(tmp_path):

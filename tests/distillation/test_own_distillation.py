@@ -5,20 +5,24 @@ import os
 import pathlib
 import subprocess
 import sys
+import types as types_lib
 from typing import Any
 
 import distill
 import jax
 import jax.numpy as jnp
+import key_uses
 import launch
 import numpy as np
 import pytest
 from distillation import distill_rows, teacher_stage
 from launch import initial_model
 from launch.run_settings import SettingError
+from recipe import tasks
 
 from rlhf_jax import lm, losses, metrics, types
 from rlhf_jax.data import chat, dialogues, errors, tokenizers
+from rlhf_jax.data.stores import record_file
 
 pytest.importorskip("array_record")
 EXPERIMENTS = pathlib.Path(launch.__path__[0]).parent
@@ -96,7 +100,8 @@ def test_context_distillation_lowers_the_held_out_kl_and_saves_a_model(prompted_
     share = 1 - found["kl_after"][0] / found["kl_before"][0]
     assert found["share_removed"][0] == pytest.approx(share, rel=1e-6) and share > 0.2
     assert results["rows"] == {"training": 116, "held_out": 12}, "58 and 6 dialogues, and as many rows of text"
-    assert results["steps"] == 44 and results["clusters"] == {"held-out KL": 12}
+    assert results["steps"] == 44
+    assert results["clusters"] == {"held-out KL": 10}, "6 conversations, and 4 documents in which rows of text start"
     rates = [row["learning_rate"] for row in metrics.read(prompted_run) if row["stage"] == "distill"]
     peak = int(np.argmax(rates))
     np.testing.assert_allclose(np.diff(rates[peak + 1 :]), -3e-3 / 44, rtol=1e-3)
@@ -111,6 +116,8 @@ def test_the_file_has_the_teachers_log_probabilities_after_the_prompt(given, pro
     lessons = teacher_stage.Lessons(prompted_run / teacher_stage.NAME, pad_id=model.fmt.pad_id)
     prompt = model.fmt.tokenizer.encode(PROMPT, add_special_tokens=False)
     assert lessons.header["prompt_tokens"] == len(prompt) > 0 and lessons.header["prompt"] == PROMPT
+    ids = [row[mask].tolist() for row, mask in zip(*_rows(lessons, range(128)))]
+    assert lessons.header["row_digest"] == distill_rows.Rows(ids, 116, []).digest()
     batch = lessons.at([0, 60, 115, 120])
     for row in range(4):
         n = int(batch.mask_BL[row].sum())
@@ -135,6 +142,40 @@ def test_half_of_the_rows_are_text_after_the_start_of_a_user_turn(given, prompte
     assert all(each.startswith(start) and len(start) > 3 for each in shown)
     texts = [each.removeprefix(start) for each, chosen in zip(shown, is_text) if chosen]
     assert texts[0].startswith("The ") and " is next to the " in texts[0] + texts[1], "documents are concatenated"
+
+
+def test_the_digest_depends_on_the_ids_of_each_row():
+    parts = ([[1, 2], [3]], [[1], [2, 3]], [[1, 2], [4]], [[3], [1, 2]])
+    assert len({distill_rows.Rows(ids, 1, []).digest() for ids in parts}) == 4
+
+
+def test_rows_of_text_are_clustered_by_the_document_in_which_they_start(given):
+    fmt = initial_model.load(str(given / "student")).fmt
+    start = distill_rows.user_turn(fmt)
+    texts = ["tea " * 40, "milk " * 3, "rice " * 2, "fish " * 25]
+    lengths = [len(ids) + 1 for ids in fmt.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    owner = [document for document, n in enumerate(lengths) for _ in range(n)]
+    rows, first = distill_rows.text_rows(fmt, texts, width=len(start) + 10)
+    assert len(rows) == sum(lengths) // 10 and first == owner[: 10 * len(rows) : 10]
+    assert first.count(0) > 3 and first.count(3) > 1, "long documents fill several rows"
+    assert distill_rows.text_rows(fmt, texts, width=len(start) + sum(lengths)) == (
+        [start + [i for x in fmt.tokenizer(texts)["input_ids"] for i in [*x, tasks.document_end(fmt)]]],
+        [0],
+    )
+    assert distill_rows.text_rows(fmt, texts, width=len(start) + sum(lengths) + 1) == ([], [])
+
+
+def test_pretraining_text_that_fills_no_row_is_noted(given, tmp_path):
+    (tmp_path / "text.txt").write_text("Tea.\n\nMilk.")
+    fmt = initial_model.load(str(given / "student")).fmt
+    names = ("model", "prompt", "data.path", "data.pretraining")
+    changed = {"data.pretraining": tmp_path / "text.txt"}
+    settings = parsed(given, *names, extra=("--data.held-out", 0.5, "--data.width", 64), **changed)
+    made = distill_rows.make(settings, fmt, errors.DropCount(), jax.random.key(0), max_width=64)
+    assert made.rows.n_train == 32 and len(made.rows.ids) == 64
+    assert [note.partition(":")[0] for note in made.notes] == [
+        f"0.0% of the {name} rows are pretraining text instead of --mix 0.5" for name in ("training", "held-out")
+    ]
 
 
 def _rows(lessons, indices):
@@ -184,7 +225,10 @@ def test_students_share_the_file_of_a_teacher(given, shared_file, tmp_path):
     made = shared_file.read_bytes()
     run = shared_file.parent / "run"
     assert not (run / teacher_stage.NAME).exists()
+    left = shared_file.with_name(shared_file.name + ".parts")
+    left.mkdir()  # as a process leaves it that is killed between writing the file and deleting its parts
     again = train(tmp_path / "again", flags(given, "model"), "--steps", 2, "--teacher-file", shared_file)
+    assert not left.exists()
     first = json.loads((run / "results.json").read_text())
     assert again["distillation"] == first["distillation"] and again["dropped"] == first["dropped"]
     assert (tmp_path / "again/model/model.safetensors").read_bytes() == (run / "model/model.safetensors").read_bytes()
@@ -205,8 +249,9 @@ def test_students_share_the_file_of_a_teacher(given, shared_file, tmp_path):
         (("model", "data.path"), {"data.path": "text.txt"}, (), "was made with another --data.path"),
         (("model", "data.pretraining"), {}, (), "was made with another --data.pretraining"),
         (("model",), {"model": "stranger"}, (), "was made with another tokenizer than that of --model"),
-        (("model",), {}, ("--k", 7), "was made with --k 6 instead of 7"),
-        (("model",), {}, ("--data.held-out", 0.2), "was made with --data.held-out 0.1 instead of 0.2"),
+        (("model",), {}, ("--k", 50), "was made with --k 6 instead of 50"),
+        (("model",), {}, ("--mix", 0.5), "was made with --mix 0 instead of 0.5"),
+        (("model",), {}, ("--data.held-out", 0.05), "was made with --data.held-out 0.1 instead of 0.05"),
         (("model",), {}, ("--data.width", 64), "was made with --data.width 32 instead of 64"),
     ],
 )
@@ -222,13 +267,66 @@ def test_a_file_that_was_made_from_something_else_is_refused(
     assert not (tmp_path / "run").exists()
 
 
+class _Progress:
+    def __init__(self):
+        self.skipped = []
+
+    def skip(self, stage):
+        self.skipped.append(stage)
+
+
+def write_rows(path, header, load):
+    """Calls `teacher_stage.write` for two rows; returns the stages that it skips."""
+    job: Any = types_lib.SimpleNamespace(progress=_Progress(), mesh=None)
+    rows = distill_rows.Rows([[5, 6], [7, 8]], 2, [])
+    teacher_stage.write(job, path, header, rows, load, k=2, width=2, pad_id=0)
+    return job.progress.skipped
+
+
+def test_a_file_that_another_process_finishes_before_the_lock_is_used(tmp_path, monkeypatch):
+    path, header, flock = tmp_path / "file", {"k": 2}, teacher_stage.fcntl.flock
+    left = tmp_path / "file.parts"
+
+    def locked_later(*args):
+        record_file.write(path, header, lambda start, stop: [b"row"] * (stop - start), n=2, per_part=2)
+        left.mkdir()
+        flock(*args)
+
+    monkeypatch.setattr(teacher_stage.fcntl, "flock", locked_later)
+    assert write_rows(path, header, load=lambda: pytest.fail("the teacher is not needed")) == ["teacher"]
+    assert not left.exists(), "what a process leaves that is killed between writing the file and deleting its parts"
+    with pytest.raises(SettingError, match=f"--teacher-file {path} was made with --k 2 instead of 3"):
+        write_rows(path, {"k": 3}, load=lambda: pytest.fail("the teacher is not needed"))
+
+
+def test_only_one_process_writes_a_file(tmp_path):
+    path, lock = tmp_path / "file", tmp_path / "file.lock"
+
+    def load():
+        with pytest.raises(SettingError, match=f"another process is writing --teacher-file {path}; wait until"):
+            write_rows(path, {}, load)
+        raise KeyboardInterrupt
+
+    with lock.open("w") as file:
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                write_rows(path, {}, load)
+            assert lock.stat().st_ino == os.fstat(file.fileno()).st_ino, "all processes lock the same file"
+
+
+def test_the_key_of_the_order_serves_nothing_else(given, tmp_path, monkeypatch):
+    made = key_uses.record(monkeypatch)
+    train(tmp_path / "run", flags(given, "model", "prompt", "data.path", "data.pretraining"), "--steps", 2)
+    assert len(made.orders) == 1 and made.others and made.orders[0] not in made.others
+
+
 def test_flags_that_are_missing_or_have_no_effect_are_named(given, tmp_path):
     for arguments, message in (
         (flags(given, "prompt", "data.path"), "--data.path needs --model; add it"),
         (flags(given, "model", "data.path"), "without --prompt and --teacher, the teacher is the student"),
         (flags(given, "model", "prompt"), "--data.path is missing"),
         (flags(given, "model", "prompt", "data.path", model="tiny"), "--model tiny has random weights; give --teacher"),
-        ([*flags(given, "model", "prompt", "data.path"), "--mix", "0.2"], "--mix has no effect without --data.pretr"),
+        ([*flags(given, "model", "prompt", "data.path"), "--mix", "0.5"], "--mix has no effect without --data.pretr"),
         ([*flags(given, "model", "prompt", "data.path"), "--k", "0"], "--k is 0; it must be at least 1"),
         (
             [*flags(given, "model", "prompt", "data.path", "data.pretraining"), "--mix", "0"],

@@ -140,6 +140,8 @@ def test_a_smoke_run_lowers_the_kl_and_writes_everything(smoke_run, capsys):
         (("--rows", 3001), "--rows is 3001; it must be at most 3000, --teacher.demonstrations"),
         (("--mix", 1.0), "--mix is 1.0; it must be at least 0 and below 1"),
         (("--net.heads", 5), "--net.heads is 5; it must be such that --net.width 96 is a multiple"),
+        (("--transcripts", -1), "--transcripts is -1; it must be at least 0"),
+        (("--held-out", 1), "--held-out is 1; it must be at least 2, for an interval"),
         (("--pretrain.steps", 0), "--pretrain.steps is 0; it must be positive and finite"),
         (("--optimizer", "lion", "--epsilon", 1e-6), "--epsilon has no effect with --optimizer lion"),
         (("--lora.rank", 2), "--lora.rank needs --model; add it"),

@@ -10,6 +10,7 @@ import sys
 import time
 
 import jax
+import key_uses
 import numpy as np
 import pytest
 import reward_model
@@ -88,6 +89,12 @@ def test_control_tokens_are_removed_after_training_on_marked_pairs(run, files, t
     assert results["pmp"]["rows"] == 2 * pairs and results["pmp"]["steps"] == -(-2 * pairs // 8)
     (cfg, params), (plain, other) = (lm.load(each / "model") for each in (tmp_path / "run", run))
     assert cfg == plain and params["embed"]["tokens"].shape == other["embed"]["tokens"].shape
+
+
+def test_the_key_of_the_crowds_order_serves_nothing_else(files, tmp_path, monkeypatch):
+    made = key_uses.record(monkeypatch)
+    train(files, tmp_path / "run", "--lora.rank", 2)
+    assert len(made.orders) == 2 and made.others and made.orders[0] not in made.others
 
 
 def test_the_tokens_are_at_the_start_of_the_answers(files, tmp_path):

@@ -7,6 +7,7 @@ import pathlib
 import re
 from typing import Any
 
+import distill
 import dpo
 import evaluate
 import gate
@@ -52,6 +53,14 @@ COMMANDS = {
     "dpo-kto": (dpo, ["--model", "m", "--data.path", "f", "--loss", "kto"]),
     "dpo-world": (dpo, ["--rounds", "2", "--loss", "cdpo", "--label-smoothing", "0.1"]),
     "sample": (sample, ["--model", "m", "--prompts", "f", "--top-p", "0.9", "--top-k", "3", "--limit", "3"]),
+    "distill": (
+        distill,
+        [
+            *("--model", "m", "--data.path", "f", "--prompt", "p", "--k", "9", "--learning-rate", "0.1"),
+            *("--data.pretraining", "f", "--mix", "0.2", "--data.held-out", "0.1", "--data.width", "9"),
+        ],
+    ),
+    "distill-world": (distill, ["--learning-rate", "0.1"]),
     "gate": (gate, ["--model", "m", "--prompts", "f", "--unusual", "f", "--layer", "1", "--limit", "3"]),
     "evaluate": (evaluate, ["--policies", "a", "b", "--prompts", "f", "--reward", "m:f", "--width", "9"]),
     "instructgpt": (instructgpt, []),

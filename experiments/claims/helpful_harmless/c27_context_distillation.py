@@ -8,7 +8,8 @@ the prompted model is exact over the vocabulary, on answers of the prompted mode
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from claims import model_stages as ms
 from claims import verdicts
 from claims.claim import Claim, Measured
 from claims.trial import Trial
-from rlhf_jax import types
+from rlhf_jax import lm, types
 from rlhf_jax.report import plots
 
 ARMS = ("prompted", "unprompted", "distilled")
@@ -48,7 +49,7 @@ def distil(trial: Trial, teacher: types.Params, *, demonstrations: int) -> types
     dialogues = prompted_world.draw_dialogues(trial, demonstrations)
     ids = prompted_world.distillation_rows(trial, dialogues, n=demonstrations, mix=MIX)
     rows = distill_rows.padded(ids, width=trial.task.row_width, pad_id=trial.task.fmt.pad_id)
-    top_k = jax.jit(teacher_stage.make_top_k(trial.cfg, _prompt(trial), k=K, keep_first=False))
+    top_k = _top_k(trial.cfg, tuple(_prompt(trial)))  # type: ignore[arg-type]  # frozen, thus hashable
     read_at = [np.minimum(np.arange(start, start + _READ), len(ids) - 1) for start in range(0, len(ids), _READ)]
     parts = [jax.device_get(top_k(teacher, jax.tree.map(lambda x, at=at: x[at], rows))) for at in read_at]
     top: Any = jax.tree.map(lambda *x: np.concatenate(x)[: len(ids)], *parts)
@@ -66,6 +67,12 @@ def distil(trial: Trial, teacher: types.Params, *, demonstrations: int) -> types
         tx=trial.supervised_tx,
     )
     return student
+
+
+@functools.cache
+def _top_k(cfg: lm.LMConfig, prompt: tuple[int, ...]) -> Callable[..., lm.TopK]:
+    """Returns the compiled function of `teacher_stage.make_top_k`, which all seeds share."""
+    return jax.jit(teacher_stage.make_top_k(cfg, prompt, k=K, keep_first=False))
 
 
 def test(trial: Trial, teacher: types.Params, student: types.Params) -> dict[str, dict[str, float]]:

@@ -22,6 +22,8 @@ FORMAT = "rlhf_jax.records.1"
 """Value of ``format`` in the header of every file."""
 _RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
 _ONE_RECORD_PER_BLOCK = "group_size:1"
+_HEADER = "header.json"
+"""Name of the file, among the parts, that says what the parts are made from."""
 _READ = 64
 """Number of records that are copied at a time."""
 
@@ -77,7 +79,7 @@ def write(
 ) -> None:
     """Writes a file of ``n`` records, or the parts that an interrupted write has left out.
 
-    Parts of another header are deleted. Only one process may write a file at a time.
+    Only one process may write a file at a time.
 
     >>> import pathlib, tempfile
     >>> from rlhf_jax.data.stores import record_file
@@ -98,15 +100,12 @@ def write(
         progress: Called with the number of finished records after each part.
 
     Raises:
-        DataError: array_record is not installed, or a part has another number of records than it should have.
+        DataError: array_record is not installed, the folder has parts of another header, or a part has another number
+            of records than it should have.
     """
     path = pathlib.Path(path)
-    parts = path.with_name(path.name + ".parts")
-    name = json.dumps({"header": header, "per_part": per_part, "n": n}, sort_keys=True).encode()
-    if (parts / "header.json").exists() and (parts / "header.json").read_bytes() != name:
-        shutil.rmtree(parts)
-    parts.mkdir(parents=True, exist_ok=True)
-    atomic.replace_file(parts / "header.json", name)
+    parts, written = _parts_folder(path), {"header": header, "per_part": per_part, "n": n}
+    _prepare_parts(parts, json.dumps(written, sort_keys=True).encode())
     made = []
     for start in range(0, n, per_part):
         stop = min(start + per_part, n)
@@ -120,7 +119,29 @@ def write(
         progress(stop)
     first = json.dumps({"format": FORMAT, "records": n, "header": header}, sort_keys=True).encode()
     _write_all(path, [[first], *map(_Part, made)])
-    shutil.rmtree(parts)
+    remove_parts(path)
+
+
+def remove_parts(path: str | os.PathLike[str]) -> None:
+    """Removes the parts of a finished file, which a write leaves behind if it is interrupted after its last step."""
+    shutil.rmtree(_parts_folder(path), ignore_errors=True)
+
+
+def _parts_folder(path: str | os.PathLike[str]) -> pathlib.Path:
+    return pathlib.Path(f"{os.fspath(path)}.parts")
+
+
+def _prepare_parts(folder: pathlib.Path, written: bytes) -> None:
+    """Makes the folder of the parts, with a file that says what is written; raises DataError for other parts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    header = folder / _HEADER
+    if header.exists() and header.read_bytes() == written:
+        return
+    if any(not each.name.startswith(_HEADER) for each in folder.iterdir()):
+        raise errors.DataError(
+            f"{folder} has parts of a file that was made from something else; delete this folder to start again"
+        )
+    atomic.replace_file(header, written)
 
 
 class _Part:
