@@ -86,9 +86,8 @@ def evaluate(
         known_B = ~np.isnan(values_B)
         return evaluation.mean(values_B[known_B], prompts.asked_B[known_B], rate=rate)
 
-    few = min(256, len(prompts))
     found = {
-        name: evaluation.numbers(prompts, each, few=few)
+        name: evaluation.numbers(prompts, each)
         | {metric: mean(values_B, rate=True) for metric, values_B in measured[name].items()}
         for name, each in answers.items()
     }

@@ -15,9 +15,10 @@ class FakeEditor:
     """Writes a critique "c" and a revision that appends "+" to the reply, and remembers the requests."""
 
     def __init__(self, write=None):
-        self.requests, self.write = [], write or self.append
+        self.requests, self.samples, self.write = [], [], write or self.append
 
-    def __call__(self, requests):
+    def __call__(self, requests, *, sample):
+        self.samples.append(sample)
         for i, text in reversed(list(enumerate(requests))):
             self.requests.append(text)
             found = self.write(text)

@@ -31,7 +31,7 @@ FLIPPED = 0.1
 
 def skill_pairs(trial: Trial, n: int, *, seed: int, flipped: float) -> types.Comparisons:
     """Returns pairs of a right and a wrong answer to n skill problems, in random order."""
-    rng = np.random.default_rng([trial.settings.seed, 46, seed])
+    rng = np.random.default_rng([trial.settings.seed, 4600, seed + 1])
     P, L = trial.task.prompt_width, trial.task.row_width
     tokens_B2L = np.full((n, 2, L), lexicon.PAD_ID, np.int32)
     mask_B2L, ranks_B2 = np.zeros((n, 2, L), bool), np.zeros((n, 2), np.int32)
