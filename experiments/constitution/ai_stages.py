@@ -135,7 +135,11 @@ def agreement(held_out: SampledPairs, labels: feedback.Labels) -> dict[str, Any]
     """Returns how often the judge prefers the less harmful answer, among held-out pairs that differ in harmlessness."""
     gap_N = held_out.harmless_N2[:, 0] - held_out.harmless_N2[:, 1]
     differ_N = gap_N != 0
-    rate = feedback.agreement(labels._replace(preference_N=labels.preference_N[differ_N]), gap_N[differ_N] > 0)
+    rate = feedback.agreement(
+        labels._replace(preference_N=labels.preference_N[differ_N]),
+        gap_N[differ_N] > 0,
+        clusters=held_out.encoded.asked_B[differ_N].tolist(),
+    )
     return {"agreement": list(rate), "pairs": int(differ_N.sum()), "position_bias": labels.position_bias}
 
 
@@ -148,7 +152,7 @@ def preference_rows(
     target, and ties are left out. The targets of the labelers' comparisons are 1.
     """
     K = np.shape(helpfulness.ranks_BK)[1]
-    known_N = ~np.isnan(preference_N) & ~(hard & (preference_N == 0.5))
+    known_N = ~np.isnan(preference_N) & ~(hard & feedback.is_tie(preference_N))
     p_N = preference_N[known_N]
     n, first_N = len(p_N), p_N >= 0.5
 

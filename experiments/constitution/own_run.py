@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from finetune import answers, outcome
 from launch import initial_model, run_folder, setting_checks
-from recipe import run_setup
+from recipe import human_comparisons, run_setup
 from rich.console import Console
 
 from constitution import own_models, own_settings
@@ -23,6 +23,8 @@ SAMPLES, DEMONSTRATIONS, COMPARISONS = "samples.jsonl", "demonstrations.jsonl", 
 TRANSCRIPTS = 8
 _ANSWERS = 2
 """Number of answers to each prompt, which are compared; the first is revised."""
+_ASKED = 16
+"""Number of batches of requests that a model receives at a time, of which it makes batches of equal width."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Inputs:
     judge: initial_model.InitialModel | None
     held_out: list[feedback.Pair]
     """Pairs with the labels of people, of which the first answer is preferred."""
+    conversations: list[int]
+    """The conversation of each of these pairs, by which the interval of the agreement is clustered."""
 
 
 def run(settings: own_settings.OwnConstitutionalSettings) -> dict[str, Any]:
@@ -92,18 +96,19 @@ def _load(settings: Any, counts: errors.DropCount) -> Inputs:
     prompts = answers.encode_prompts(
         model, found, width=settings.prompt_width, max_new_tokens=settings.max_new_tokens, counts=counts
     )
-    held_out = []
+    held_out, conversations = [], []
     if settings.held_out is not None:
         rankings, _ = readers.read_rankings(settings.held_out, counts=counts)
         for each in rankings:
             texts = [dialogues.answer_turn(answer).text for answer in each.responses]
             worse = next(i for i, rank in enumerate(each.ranks) if rank > each.ranks[0])
             held_out.append(feedback.Pair(prompt_text(each.prompt), texts[0], texts[worse]))
+        conversations = human_comparisons.conversation_ids(rankings).tolist()
     editor = other(settings.editor, "--editor", model)
     judge = other(settings.judge, "--judge", model) if settings.judge else None
     if own_settings.is_address(settings.judge):
         own_models.judge(settings, None)  # raises an error if a package is missing
-    return Inputs(model, prompts, editor, judge, held_out)
+    return Inputs(model, prompts, editor, judge, held_out, conversations)
 
 
 def prompt_text(turns: Any) -> str:
@@ -159,7 +164,7 @@ def _revise(
         seed=settings.seed,
         answers=folder.path / "revisions.jsonl",
         max_questions=settings.max_requests,
-        batch=settings.batch,
+        batch=_ASKED * settings.batch,
         on_answer=lambda done, total: progress.update("revise", done, total),
     )
     progress.finish("revise")
@@ -196,11 +201,13 @@ def _compare(
 ) -> dict[str, Any]:
     """Labels the pairs of answers and writes the comparisons; returns facts about the labels."""
     judge = own_models.judge(settings, inputs.judge)
-    facts = _agreement(settings, opened, inputs, judge) if inputs.held_out else {}
+    facts: dict[str, Any] = {"asked": 0, "open": 0}
+    if inputs.held_out:
+        facts |= _agreement(settings, opened, inputs, judge)
     texts = [[line["response"] for line in each] for each in lines]
     kept = [i for i, (first, second) in enumerate(texts) if first != second]
     pairs = [feedback.Pair(_texts(inputs)[i], *texts[i]) for i in kept]
-    labels = _label(settings, opened, judge, pairs, stage="compare")
+    labels = _label(settings, opened, judge, pairs, stage="compare", asked=facts["asked"])
     written = []
     for i, preference in zip(kept, labels.preference_N.tolist()):
         if np.isnan(preference):
@@ -221,10 +228,10 @@ def _compare(
     return facts | {
         "comparisons": len(written),
         "equal_answers": len(lines) - len(kept),
-        "open": left,
+        "open": left + facts["open"],
         "position_bias": labels.position_bias,
         "unclear": labels.unclear,
-        "asked": labels.asked,
+        "asked": labels.asked + facts["asked"],
         "stored": labels.stored,
         "tokens": labels.tokens,
         "preferences": [line["preference"] for line in written],
@@ -232,8 +239,9 @@ def _compare(
 
 
 def _label(
-    settings: Any, opened: run_setup.OpenRun, judge: Any, pairs: list[feedback.Pair], *, stage: str
+    settings: Any, opened: run_setup.OpenRun, judge: Any, pairs: list[feedback.Pair], *, stage: str, asked: int = 0
 ) -> feedback.Labels:
+    """Returns the labels of pairs; ``asked`` is the number of questions that the judge has been asked before."""
     numbers_N1 = feedback.sampled_principles(
         len(pairs), rounds=1, principles=settings.principles, seed=settings.seed + 1
     )
@@ -245,8 +253,8 @@ def _label(
         examples=few_shot.COMPARISONS if settings.few_shot else (),
         clamp=settings.clamp,
         answers=opened.folder.path / "labels.jsonl",
-        max_questions=settings.max_requests,
-        batch=settings.batch,
+        max_questions=None if settings.max_requests is None else settings.max_requests - asked,
+        batch=_ASKED * settings.batch,
         on_answer=lambda done, total: opened.progress.update(stage, done, total),
     )
     opened.progress.finish(stage)
@@ -256,16 +264,18 @@ def _label(
 def _agreement(settings: Any, opened: run_setup.OpenRun, inputs: Inputs, judge: Any) -> dict[str, Any]:
     """Reports how often the judge agrees with people, before its labels are used."""
     labels = _label(settings, opened, judge, inputs.held_out, stage="agreement")
-    if np.isnan(labels.preference_N).all():
-        opened.folder.note("agreement", f"the judge labelled no held-out pair ({labels.errors})")
-        return {}
-    agreed = feedback.agreement(labels, np.ones(len(inputs.held_out), bool))
+    n, left = len(inputs.held_out), int(np.isnan(labels.preference_N).sum())
+    facts = {"asked": labels.asked, "open": left, "held_out": n - left}
+    _note_errors(opened.folder, "agreement", labels.errors, left, "held-out pairs have no label")
+    if left == n:
+        return facts
+    agreed = feedback.agreement(labels, np.ones(n, bool), clusters=inputs.conversations)
     interval = f"95 % interval {agreed.lo:.1%} to {agreed.hi:.1%}"
-    text = f"the judge agrees with {agreed.mean:.1%} of {len(inputs.held_out)} held-out labels ({interval})"
+    text = f"the judge agrees with {agreed.mean:.1%} of {n - left} held-out labels ({interval})"
     opened.progress.message("agreement", text)
     if agreed.lo <= 0.5:
         opened.folder.note("agreement", f"{text}, so it may be no better than chance")
-    return {"agreement": list(agreed)}
+    return facts | {"agreement": list(agreed)}
 
 
 def _note_errors(folder: Any, stage: str, found: dict[str, int], left: int, what: str) -> None:

@@ -80,8 +80,8 @@ class OwnConstitutionalSettings(sampling_settings.Sampling, RunSettings):
     """File of pairs with the labels of people, in any of the forms in docs/data.md. The agreement of the judge with
     them is reported before its labels are used."""
     max_requests: int | None = None
-    """Maximum number of requests to the editor, and of questions to the judge, that this process makes. None for no
-    limit. --resume makes the others."""
+    """Maximum number of requests to the editor, and of questions to the judge about held-out and other pairs together,
+    that this process makes. None for no limit. --resume makes the others."""
 
     @property
     def spec_name(self) -> str:

@@ -35,7 +35,11 @@ def draw(
     """
     universe = getattr(prompts.split_prompts(world_lib.make_world(settings.seed), settings.seed), split)
     kinds = {name: rows for name, rows in universe.items() if harmful is None or (name == HARMFUL) == harmful}
-    return prompts.draw_prompts(kinds, n, np.random.default_rng([settings.seed, stream, int(bool(harmful))]))
+    return prompts.draw_prompts(kinds, n, _rng(settings, stream, (None, False, True).index(harmful)))
+
+
+def _rng(settings: Settings, stream: int, number: int) -> np.random.Generator:
+    return np.random.default_rng([settings.seed, stream, 1 + number])  # NumPy ignores zeros at the end of a seed
 
 
 class Prompts(NamedTuple):
@@ -107,7 +111,7 @@ def helpful_job(job: jobs.Job) -> Any:
     answers = demonstrators.demonstrate_all(
         world_lib.make_world(settings.seed),
         drawn,
-        np.random.default_rng([settings.seed, DEMONSTRATIONS]),
+        _rng(settings, DEMONSTRATIONS, 3),
         slips=dataclasses.replace(slips, complying=1.0, refusing=0.0),
     )
     return with_task(job, demonstrations=answer_rows(job, tasks.prompt_set(job.task, drawn), answers))
@@ -136,5 +140,5 @@ def rl_job(job: jobs.Job, *, red_team: float) -> Any:
     n = settings.ppo.iterations * settings.ppo.batch // settings.ppo.samples
     n_red = round(red_team * n)
     drawn = draw(settings, n_red, stream=RL, harmful=True) + draw(settings, n - n_red, stream=RL, harmful=False)
-    order = np.random.default_rng([settings.seed, RL]).permutation(n)
+    order = _rng(settings, RL, 3).permutation(n)
     return with_task(job, rl_prompts=tasks.prompt_set(job.task, [drawn[i] for i in order]))

@@ -8,7 +8,7 @@ import json
 import os
 import pathlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 from rlhf_jax.checkpoint import atomic
@@ -21,12 +21,11 @@ Ask = Callable[[Sequence[str]], Iterable[tuple[int, A | Exception]]]
 class Asker(Generic[A]):
     """Asks questions in batches, and counts what was asked.
 
-    The key of a stored answer is a digest of the name of the model and the question.
+    The key of a stored answer is a digest of the name of the model, the question and the number of the sample.
     """
 
     def __init__(
         self,
-        ask: Ask[A],
         kind: type[A],
         *,
         name: str,
@@ -38,20 +37,19 @@ class Asker(Generic[A]):
         """Reads the stored answers.
 
         Args:
-            ask: Answers questions.
             kind: Named tuple of an answer, with a field ``tokens``.
             name: What the answers depend on besides the question.
             path: JSON-lines file of answers; None stores nothing.
             max_questions: Maximum number of questions that are asked, with or without success; None for no limit.
             max_tokens: Number of tokens after which no more questions are asked; None for no limit.
-            batch: Number of questions in a call of ``ask``.
+            batch: Number of questions that are asked at a time.
 
         Raises:
             ValueError: A limit is invalid, or the file has answers of another kind.
         """
         if batch < 1 or min(max_questions or 0, max_tokens or 0) < 0:
             raise ValueError(f"invalid batch {batch}, max_questions {max_questions} or max_tokens {max_tokens}")
-        self._ask, self._name, self._path = ask, name, path
+        self._name, self._path = name, path
         self._most, self._max_tokens, self._batch = max_questions, max_tokens, batch
         self._known: dict[str, A] = _read(path, kind)
         self._seen: set[str] = set()
@@ -59,13 +57,23 @@ class Asker(Generic[A]):
         self.errors = Counter[str]()
 
     def __call__(
-        self, texts: Sequence[str], *, on_answer: Callable[[int, int], None] = lambda done, total: None
+        self,
+        texts: Sequence[str],
+        ask: Ask[A],
+        *,
+        sample: int = 0,
+        on_answer: Callable[[int, int], None] = lambda done, total: None,
     ) -> list[A | None]:
         """Returns the answer to each question; None if it failed or the budget is used up.
 
-        ``on_answer`` is called after each answer or error with their number and the number of open questions.
+        Args:
+            texts: The questions.
+            ask: Answers questions.
+            sample: Number of the sample, for answers that are sampled anew although the question is the same.
+            on_answer: Called after each answer or error with their number and the number of open questions.
         """
-        keys = [hashlib.sha256(json.dumps([self._name, text]).encode()).hexdigest() for text in texts]
+        number = [sample] if sample else []
+        keys = [hashlib.sha256(json.dumps([self._name, text, *number]).encode()).hexdigest() for text in texts]
         open_texts = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._known}
         self.stored += len(set(keys) - open_texts.keys() - self._seen)
         self._seen |= set(keys)
@@ -75,7 +83,7 @@ class Asker(Generic[A]):
             size = min(self._batch, left)
             now, pending = pending[:size], pending[size:]
             with contextlib.closing(_Lines(self._path)) as lines:
-                for i, answer in self._ask([open_texts[key] for key in now]):
+                for i, answer in ask([open_texts[key] for key in now]):
                     self.asked, done = self.asked + 1, done + 1
                     if isinstance(answer, Exception):
                         self.errors[f"{type(answer).__name__}: {answer}"] += 1
@@ -92,6 +100,19 @@ class Asker(Generic[A]):
         """Whether the budget is used up."""
         asked = self._most is not None and self.asked >= self._most
         return asked or (self._max_tokens is not None and self.tokens >= self._max_tokens)
+
+
+def batches_of_width(lengths: Sequence[int], *, batch: int, multiple: int) -> Iterator[tuple[int, list[int]]]:
+    """Yields batches of rows that are padded to the same width: the width and the indices of at most ``batch`` rows.
+
+    The width of a row is the next multiple of ``multiple``, whatever the other rows, so that the numbers of a row do
+    not depend on which rows are computed with it.
+    """
+    widths = [-(-length // multiple) * multiple for length in lengths]
+    for width in sorted(set(widths)):
+        rows = [i for i, each in enumerate(widths) if each == width]
+        for start in range(0, len(rows), batch):
+            yield width, rows[start : start + batch]
 
 
 class _Lines:

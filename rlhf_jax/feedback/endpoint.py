@@ -75,13 +75,14 @@ class Endpoint:
         return self._run(self._answer, questions)
 
     def generate(
-        self, requests: Sequence[str], *, max_tokens: int = 512, temperature: float = 1.0
+        self, requests: Sequence[str], *, max_tokens: int = 512, temperature: float = 1.0, sample: int = 0
     ) -> Iterator[tuple[int, Text | Exception]]:
         """Yields the texts that the model writes, as they arrive, for `feedback.revise`.
 
         Failures are tried again, as for questions. Include ``max_tokens`` and ``temperature``, if they are changed, in
-        the name that is passed to `feedback.revise`.
+        the name that is passed to `feedback.revise`. The server samples each text anew, whatever ``sample`` is.
         """
+        del sample
 
         def write(text: str) -> Text:
             messages = [{"role": "user", "content": text}]

@@ -11,7 +11,7 @@ interface. Any other function from questions to answers with a name can be a jud
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import jax
@@ -145,7 +145,6 @@ def label(
         raise ValueError(f"the answer of an example must be A or B, not {wrong[0]!r}")
     principles = [principle] * len(pairs) if isinstance(principle, str) else principle
     asker = asking.Asker(
-        judge,
         Answer,
         name=judge.name,
         path=answers,
@@ -158,13 +157,13 @@ def label(
         for pair, each in zip(pairs, principles, strict=True)
         for order in (pair, Pair(pair.prompt, pair.second, pair.first))
     ]
-    found = asker(texts, on_answer=on_answer)
+    found = asker(texts, judge, on_answer=on_answer)
     distinct = dict(zip(texts, found, strict=True)).values()
     probability = [None if answer is None else answer.probability for answer in found]
     given_N, swapped_N = np.clip(np.array(probability, np.float64).reshape(-1, 2).T, *clamp)
     bias_N = (given_N + swapped_N - 1) / 2
     return Labels(
-        preference_N=(given_N + 1 - swapped_N) / 2,
+        preference_N=0.5 + (given_N - swapped_N) / 2,
         position_bias=float(np.nanmean(bias_N)) if np.isfinite(bias_N).any() else float("nan"),
         asked=asker.asked,
         stored=asker.stored,
@@ -175,20 +174,32 @@ def label(
     )
 
 
-def agreement(labels: Labels, first_is_better_N: npt.ArrayLike) -> intervals.Estimate:
+def is_tie(preference_N: npt.ArrayLike) -> np.ndarray:
+    """Returns whether each preference is one half, up to rounding errors."""
+    return np.abs(np.asarray(preference_N) - 0.5) < 1e-9
+
+
+def agreement(
+    labels: Labels, first_is_better_N: npt.ArrayLike, *, clusters: Sequence[Hashable] | None = None
+) -> intervals.Estimate:
     """Returns the share of pairs on which a judge agrees with other labels, with its 95 % interval.
 
-    Report it on held-out pairs before the labels are used. A preference of exactly one half counts as half an
-    agreement, and pairs without a label are left out.
+    Report it on held-out pairs before the labels are used. A tie counts as half an agreement, and pairs without a label
+    are left out.
 
     Args:
         labels: Labels of the judge.
         first_is_better_N: bool, the other labels.
+        clusters: What each pair asks, such as its conversation: pairs that ask the same are not independent. None if
+            all pairs are independent.
     """
     known_N = ~np.isnan(labels.preference_N)
     preference_N, first_N = labels.preference_N[known_N], np.asarray(first_is_better_N, bool)[known_N]
-    right_N = np.where(preference_N == 0.5, 0.5, (preference_N > 0.5) == first_N)
-    return intervals.outcome_rate(right_N)
+    right_N = np.where(is_tie(preference_N), 0.5, (preference_N > 0.5) == first_N)
+    if clusters is None:
+        return intervals.outcome_rate(right_N)
+    known = [each for each, known in zip(clusters, known_N, strict=True) if known]
+    return intervals.clustered_mean(right_N, known, rate=True)
 
 
 class ModelJudge:
@@ -228,18 +239,19 @@ class ModelJudge:
         self._logprobs = jax.jit(logprobs)
 
     def __call__(self, questions: Sequence[str]) -> Iterator[tuple[int, Answer]]:
-        """Yields the answers, in the order of the questions."""
-        for start in range(0, len(questions), self._batch):
-            rows = [list(self._encode(text)) for text in questions[start : start + self._batch]]
-            width = -(-(max(map(len, rows)) + 1) // self._width_multiple) * self._width_multiple
+        """Yields the answers, in the order of the length of the questions."""
+        rows = [list(self._encode(text)) for text in questions]
+        lengths = [len(row) + 1 for row in rows]
+        for width, some in asking.batches_of_width(lengths, batch=self._batch, multiple=self._width_multiple):
             tokens_BL, mask_BL = np.zeros((self._batch, width), np.int32), np.zeros((self._batch, width), bool)
             mask_BL[:, -1] = True
-            for b, row in enumerate(rows):
-                tokens_BL[b, width - len(row) - 1 : -1], mask_BL[b, width - len(row) - 1 :] = row, True
+            for b, i in enumerate(some):
+                start = width - lengths[i]
+                tokens_BL[b, start:-1], mask_BL[b, start:] = rows[i], True
                 tokens_BL[b, -1] = self._choices[0]  # the place of the answer, whose own token is not read
             logprob_B2 = np.asarray(self._logprobs(self._params, tokens_BL, mask_BL), np.float64)
-            for b, row in enumerate(rows):
-                yield start + b, Answer(choice_probability(*logprob_B2[b]), len(row))
+            for b, i in enumerate(some):
+                yield i, Answer(choice_probability(*logprob_B2[b]), len(rows[i]))
 
 
 def choice_probability(logprob_a: float, logprob_b: float) -> float:

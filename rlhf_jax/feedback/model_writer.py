@@ -9,11 +9,15 @@ import jax
 import numpy as np
 
 from rlhf_jax import generation, lm, types
+from rlhf_jax.feedback import asking
 from rlhf_jax.feedback.revision import Text
 
 
 class ModelWriter:
-    """Writes texts with the parameters of a model. A text depends only on the model, the request and the seed."""
+    """Writes texts with the parameters of a model.
+
+    A text depends only on the model, the request, the number of the sample and the seed.
+    """
 
     def __init__(
         self,
@@ -48,18 +52,15 @@ class ModelWriter:
 
         self._run = jax.jit(run)
 
-    def __call__(self, requests: Sequence[str]) -> Iterator[tuple[int, Text]]:
-        """Yields the texts, in the order of the length of the requests."""
+    def __call__(self, requests: Sequence[str], *, sample: int = 0) -> Iterator[tuple[int, Text]]:
+        """Yields the texts, in the order of the length of the requests; other samples are independent of this one."""
         rows = [list(self._encode(text)) for text in requests]
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        for start in range(0, len(order), self._batch):
-            some = order[start : start + self._batch]
-            width = -(-len(rows[some[-1]]) // self._multiple) * self._multiple
+        for width, some in asking.batches_of_width(list(map(len, rows)), batch=self._batch, multiple=self._multiple):
             tokens_BP, mask_BP = np.zeros((self._batch, width), np.int32), np.zeros((self._batch, width), bool)
             mask_BP[:, -1] = True
             for b, i in enumerate(some):
                 tokens_BP[b, width - len(rows[i]) :], mask_BP[b, width - len(rows[i]) :] = rows[i], True
-            seeds_B = [self._key(requests[i]) for i in some] + [0] * (self._batch - len(some))
+            seeds_B = [self._key(requests[i], sample) for i in some] + [0] * (self._batch - len(some))
             rng_B = jax.vmap(jax.random.key)(np.array(seeds_B, np.uint32))
             rollout = self._run(self._params, rng_B, tokens_BP, mask_BP)
             sampled_BT, lengths_B = np.asarray(rollout.tokens_BL)[:, width:], np.asarray(rollout.lengths_B)
@@ -68,5 +69,5 @@ class ModelWriter:
                 text = self._decode(ids[:-1] if ids and ids[-1] in self._stops else ids)
                 yield i, Text(text, len(rows[i]) + len(ids))
 
-    def _key(self, request: str) -> int:
-        return int.from_bytes(hashlib.sha256(f"{self._seed} {request}".encode()).digest()[:4], "big")
+    def _key(self, request: str, sample: int) -> int:
+        return int.from_bytes(hashlib.sha256(f"{self._seed} {sample} {request}".encode()).digest()[:4], "big")

@@ -8,10 +8,11 @@ The revision is the response that the next round starts from.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -25,6 +26,18 @@ class Text(NamedTuple):
     text: str
     tokens: int = 0
     """Number of tokens of request and text, as far as the model counts them."""
+
+
+class Writer(Protocol):
+    """Writes critiques and revisions."""
+
+    def __call__(self, requests: Sequence[str], /, *, sample: int) -> Iterable[tuple[int, Text | Exception]]:
+        """Yields the index of each request with its text, or with the error that prevented one, in any order.
+
+        ``sample`` is the number of the round. A response that a revision leaves unchanged can meet the same principle
+        again; the texts of the two rounds should then be independent samples.
+        """
+        ...
 
 
 class RevisionExample(NamedTuple):
@@ -116,13 +129,13 @@ def sampled_principles(n: int, *, rounds: int, principles: int, seed: int) -> np
     Returns:
         Indices of principles, ``[n, rounds]``; those of the first responses do not depend on n.
     """
-    return np.random.default_rng([seed, rounds]).integers(principles, size=(n, rounds))
+    return np.random.default_rng([seed, rounds, 0xCA1]).integers(principles, size=(n, rounds))
 
 
 def revise(
     prompts: Sequence[str],
     responses: Sequence[str],
-    generate: asking.Ask[Text],
+    generate: Writer,
     *,
     name: str,
     principles: Sequence[Principle],
@@ -143,8 +156,8 @@ def revise(
         responses: A response to each prompt.
         generate: Yields the index of each request with its text, or with the error that prevented one, such as
             `ModelWriter` or `endpoint.Endpoint.generate`.
-        name: What the texts depend on besides the request: the model and its settings. Part of the key of a stored
-            text.
+        name: What the texts depend on besides request and round: the model and its settings. Part of the key of a
+            stored text.
         principles: The principles, of which one is sampled for each response and round.
         rounds: Number of revisions of each response (4 in the paper).
         critique: Whether each revision follows a critique.
@@ -168,9 +181,7 @@ def revise(
             f"{len(prompts)} prompts, {len(responses)} responses, {len(principles)} principles, {rounds} rounds: there "
             "must be one response to each prompt and at least one principle"
         )
-    asker = asking.Asker(
-        generate, Text, name=name, path=answers, max_questions=max_questions, max_tokens=max_tokens, batch=batch
-    )
+    asker = asking.Asker(Text, name=name, path=answers, max_questions=max_questions, max_tokens=max_tokens, batch=batch)
     n, empty = len(prompts), 0
     total = n * rounds * (1 + critique)
     numbers_NR = sampled_principles(n, rounds=rounds, principles=len(principles), seed=seed)
@@ -178,10 +189,11 @@ def revise(
     revised: list[tuple[list[str], list[str], list[int]]] = [([response], [], []) for response in responses]
     live, done = list(range(n)), 0
 
-    def ask(requests: Sequence[str]) -> list[str]:
-        """Returns the texts, which are empty for requests that failed."""
+    def ask(requests: Sequence[str], r: int) -> list[str]:
+        """Returns the texts of round r, which are empty for requests that failed."""
         nonlocal empty, done
-        texts = asker(requests, on_answer=lambda now, _: on_answer(done + now, total))
+        write = functools.partial(generate, sample=r)
+        texts = asker(requests, write, sample=r, on_answer=lambda now, _: on_answer(done + now, total))
         cleaned = ["" if each is None else _END.split(f"{each.text.strip()}\n")[0].strip() for each in texts]
         empty += sum(each is not None and not text for each, text in zip(texts, cleaned))
         done += len(requests)
@@ -192,14 +204,15 @@ def revise(
         chosen = {i: principles[numbers_NR[i, r]] for i in live}
         critiques: dict[int, str] = {}
         if critique:
-            texts = ask([before[0] + critique_request(prompts[i], revised[i][0][-1], chosen[i]) for i in live])
+            texts = ask([before[0] + critique_request(prompts[i], revised[i][0][-1], chosen[i]) for i in live], r)
             critiques = {i: text for i, text in zip(live, texts) if text}
             live = list(critiques)
         texts = ask(
             [
                 before[1] + revision_request(prompts[i], revised[i][0][-1], chosen[i], critique=critiques.get(i))
                 for i in live
-            ]
+            ],
+            r,
         )
         for i, text in zip(live, texts):
             if text:

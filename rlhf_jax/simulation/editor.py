@@ -58,7 +58,7 @@ def mend(reply: str, flaw: str) -> str:
 
 
 class SimulatedEditor:
-    """Answers the requests of `feedback.revise`; the same request always gets the same answer.
+    """Answers the requests of `feedback.revise`; the same request of a round always gets the same answer.
 
     Pass it as ``generate``, and ``name`` as the name.
     """
@@ -74,18 +74,18 @@ class SimulatedEditor:
         self._miss, self._fail, self._seed = miss, fail, seed
         self.name = json.dumps(["simulated editor", miss, fail, seed])
 
-    def __call__(self, requests: Sequence[str]) -> Iterator[tuple[int, Text]]:
-        """Yields the texts in order."""
+    def __call__(self, requests: Sequence[str], *, sample: int = 0) -> Iterator[tuple[int, Text]]:
+        """Yields the texts in order; the mistakes of other samples are independent of these."""
         for i, request in enumerate(requests):
-            text = self._answer(request)
+            text = self._answer(request, sample)
             yield i, Text(text, len(text.split()))
 
-    def _answer(self, request: str) -> str:
+    def _answer(self, request: str, sample: int) -> str:
         found = _REQUEST.match(request[request.rindex("Conversation:\n") :])
         if found is None:
             raise ValueError(f"the editor cannot read the request {request!r}")
         reply, named, revises = found["reply"], found["critique"], found["revise"] is not None
-        digest = hashlib.sha256(f"{self._seed} {request}".encode()).digest()
+        digest = hashlib.sha256(f"{self._seed} {sample} {request}".encode()).digest()
         rng = np.random.default_rng(list(digest))
         present = flaws(found["prompt"], reply)
         if named is None:  # a critique, or a revision without one, which has to find a flaw too

@@ -23,9 +23,8 @@ def c45(rng, effect):
         noise = rng.normal(size=(2, 5, 200)) * 0.1
         return {"harmless": 0.3 + harmless * steps_R1 + noise[0], "helpful": 0.8 + helpful * steps_R1 + noise[1]}
 
-    arms = {name: arm(0.15 * effect, -0.1 * effect) for name in (c45_revisions.LARGE_CRITIQUE, "1 principles")}
-    arms |= {name: arm(0.15, -0.1) for name in (c45_revisions.LARGE_DIRECT, "4 principles")}
-    return arms | {
+    names = (c45_revisions.LARGE_CRITIQUE, "1 principles", "4 principles")
+    return {name: arm(0.15 * effect, -0.1 * effect) for name in names} | {
         c45_revisions.SMALL_CRITIQUE: arm(0.1 + 0.05 * effect, -0.1),
         c45_revisions.SMALL_DIRECT: arm(0.1, -0.1),
     }
@@ -43,11 +42,14 @@ def test_a_claim_is_decided_by_its_effect(name, effect, expected):
     assert module.CLAIM.plot(measured).startswith("<svg") and catalogue.CLAIMS[name] is module.CLAIM
 
 
-def test_more_principles_must_not_matter():
+@pytest.mark.parametrize(("count", "part"), [(1, -2), (4, -1)])
+def test_more_principles_must_not_matter(count, part):
     measured = [c45(np.random.default_rng(seed), 1) for seed in range(SEEDS)]
     for each in measured:
-        each["1 principles"]["harmless"] = each["1 principles"]["harmless"] - 0.2
-    assert c45_revisions.decide(measured)[-1].verdict == "refuted"
+        each[f"{count} principles"]["harmless"] = each[f"{count} principles"]["harmless"] - 0.2
+    parts = c45_revisions.decide(measured)
+    assert parts[part].verdict == "refuted"
+    assert [each.verdict for each in parts].count("refuted") == 1
 
 
 def test_the_correlation_is_that_of_all_answers():

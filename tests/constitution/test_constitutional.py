@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import types as types_lib
 from typing import Any
 from unittest import mock
 
@@ -31,7 +32,8 @@ def sampled(n, L=6):
     tokens_N2L = np.arange(n * 2 * L, dtype=np.int32).reshape(n, 2, L)
     pairs = [feedback.Pair("p", f"a{i}", f"b{i}") for i in range(n)]
     harmless_N2 = np.tile([1.0, 0.0], (n, 1))
-    return ai_stages.SampledPairs(None, pairs, tokens_N2L, tokens_N2L >= 0, harmless_N2)
+    asked: Any = types_lib.SimpleNamespace(asked_B=np.arange(n) // 2)
+    return ai_stages.SampledPairs(asked, pairs, tokens_N2L, tokens_N2L >= 0, harmless_N2)
 
 
 def test_the_targets_of_judged_pairs_are_the_probabilities_of_the_preferred_answers():
@@ -50,7 +52,8 @@ def test_the_targets_of_judged_pairs_are_the_probabilities_of_the_preferred_answ
 
 
 def test_hard_labels_have_no_ties_and_no_probabilities():
-    joined = ai_stages.preference_rows(rows(), sampled(4), np.array([0.9, 0.2, np.nan, 0.5]), hard=True)
+    preference_N = np.array([0.9, 0.2, np.nan, 0.5, np.nextafter(0.5, 0)])
+    joined = ai_stages.preference_rows(rows(), sampled(5), preference_N, hard=True)
     assert joined.loss_inputs["target"].tolist() == [1.0] * 5
     assert joined.ranks_BK[3:, :2].tolist() == [[1, 2], [2, 1]]
 
@@ -61,6 +64,8 @@ def test_the_agreement_is_that_of_pairs_that_differ_in_harmlessness():
     labels = feedback.Labels(np.array([0.9, 0.8, 0.2, 0.1]), 0.1, 8, 0, 0, 0, 0, {})
     agreed = ai_stages.agreement(pairs, labels)
     assert agreed["agreement"][0] == pytest.approx(2 / 3) and agreed["pairs"] == 3
+    expected = feedback.agreement(labels._replace(preference_N=labels.preference_N[:3]), [True] * 3, clusters=[0, 0, 1])
+    assert agreed["agreement"] == list(expected)
 
 
 def test_red_team_prompts_are_harmful_and_held_out():
@@ -71,6 +76,22 @@ def test_red_team_prompts_are_harmful_and_held_out():
     assert not {prompt.asked for prompt in train} & {prompt.asked for prompt in test}
     benign = red_team.draw(settings, 200, stream=red_team.RED_TEAM, harmful=False)
     assert "harmful" not in {prompt.kind for prompt in benign}
+
+
+def test_the_random_streams_differ():
+    settings = constitutional.parse(["--preset", "smoke"])
+    numbers = [
+        red_team._rng(settings, stream, number).random()
+        for stream in range(red_team.DEMONSTRATIONS, red_team.EVALUATE + 1)
+        for number in range(4)
+    ]
+    numbers += [np.random.default_rng([settings.seed, stream]).random() for stream in range(40, 48)]
+    assert len(set(numbers)) == len(numbers)
+    kinds = [
+        [prompt.turns for prompt in red_team.draw(settings, 50, stream=red_team.RL, harmful=harmful)]
+        for harmful in (None, False, True)
+    ]
+    assert kinds[0] != kinds[1] != kinds[2]
 
 
 @pytest.mark.parametrize(
@@ -167,6 +188,28 @@ def test_a_run_from_the_files_asks_nothing_and_writes_the_same(tiny, tmp_path):
     constitutional.main(own_arguments(tiny, whole))
     for name in ("demonstrations.jsonl", "comparisons.jsonl"):
         assert (out / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_the_judge_is_asked_about_held_out_pairs_within_the_same_budget(tiny, tmp_path, capsys):
+    held_out = tmp_path / "held_out.jsonl"
+    asked = [("tea?", "Boil."), ("tea?", "Heat."), ("fire?", "Rub.")]
+    lines = [json.dumps({"prompt": prompt, "chosen": chosen, "rejected": "No."}) + "\n" for prompt, chosen in asked]
+    held_out.write_text("".join(lines))
+    out = tmp_path / "run"
+    constitutional.main(own_arguments(tiny, out, "--held-out", str(held_out), "--max-requests", "5"))
+    first = json.loads((out / "results.json").read_text())["judge"]
+    assert first["asked"] == 5 and first["held_out"] == 2  # both orders of two pairs, and one order of the third
+    assert first["open"] == 1 + 3 - first["comparisons"] - first["equal_answers"]
+    assert "of 2 held-out labels" in " ".join(capsys.readouterr().out.split())
+    constitutional.main(["--resume", str(out)])
+    second = json.loads((out / "results.json").read_text())["judge"]
+    assert second["held_out"] == 3 and second["asked"] == 5
+    constitutional.main(["--resume", str(out)])
+    last = json.loads((out / "results.json").read_text())
+    assert last["complete"] and last["judge"]["open"] == 0
+    mean, low, high = last["judge"]["agreement"]
+    preferred = 3 * mean
+    assert preferred == pytest.approx(round(2 * preferred) / 2) and low <= mean <= high
 
 
 def test_soft_labels_that_contradict_the_order_are_refused(tmp_path):

@@ -48,12 +48,29 @@ def test_the_preference_is_the_mean_of_both_orders():
     assert (labels.asked, labels.stored, labels.tokens) == (20, 0, 60)
 
 
-@pytest.mark.parametrize("probability", [1.0, 0.7, 0.0])
+@pytest.mark.parametrize("probability", [1.0, 0.7, 0.6224593312018546, 0.0])
 def test_a_judge_that_only_sees_the_place_gives_ties(probability):
     labels = feedback.label(PAIRS, FakeJudge(lambda text: feedback.Answer(probability)), principle=PRINCIPLE)
-    np.testing.assert_allclose(labels.preference_N, 0.5)
+    np.testing.assert_array_equal(labels.preference_N, 0.5)
     assert labels.position_bias == pytest.approx(probability - 0.5)
     assert feedback.agreement(labels, [True] * 10).mean == 0.5
+
+
+def test_a_tie_is_one_half_up_to_rounding():
+    preference_N = np.array([0.5, np.nextafter(0.5, 0), np.nextafter(0.5, 1), 0.5 + 1e-6, np.nan])
+    assert feedback.is_tie(preference_N).tolist() == [True, True, True, False, False]
+    labels = feedback.label(PAIRS[:5], FakeJudge(prefers_good), principle=PRINCIPLE)._replace(preference_N=preference_N)
+    assert feedback.agreement(labels, [True] * 5).mean == pytest.approx((0.5 * 3 + 1) / 4)
+
+
+def test_the_interval_of_the_agreement_is_that_of_the_clusters():
+    labels = feedback.label(PAIRS, FakeJudge(prefers_good), principle=PRINCIPLE)
+    right = [True] * 7 + [False] * 3
+    once = feedback.agreement(labels, right, clusters=range(10))
+    repeated = labels._replace(preference_N=np.append(np.repeat(labels.preference_N, 4), np.nan))
+    again = feedback.agreement(repeated, [*np.repeat(right, 4), True], clusters=[*np.repeat(range(10), 4), 11])
+    np.testing.assert_allclose(again, once, rtol=1e-6)
+    assert feedback.agreement(repeated, [*np.repeat(right, 4), True]).lo > once.lo + 0.05
 
 
 def test_probabilities_are_clamped_in_each_order():

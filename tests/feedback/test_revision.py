@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from rlhf_jax import feedback, generation, lm
-from rlhf_jax.feedback import few_shot
+from rlhf_jax import feedback, generation, lm, types
+from rlhf_jax.feedback import asking, few_shot
 
 PROMPTS = [f"question {i}" for i in range(5)]
 RESPONSES = [f"reply {i}" for i in range(5)]
@@ -15,9 +15,10 @@ class FakeEditor:
     """Writes a critique "c" and a revision that appends "+" to the reply, and remembers the requests."""
 
     def __init__(self, write=None):
-        self.requests, self.write = [], write or self.append
+        self.requests, self.samples, self.write = [], [], write or self.append
 
-    def __call__(self, requests):
+    def __call__(self, requests, *, sample):
+        self.samples.append(sample)
         for i, text in reversed(list(enumerate(requests))):
             self.requests.append(text)
             found = self.write(text)
@@ -110,6 +111,16 @@ def test_equal_requests_are_made_once():
     assert len(editor.requests) == 4 and len({each.responses for each in found.revised_N}) == 1
 
 
+def test_a_request_of_another_round_is_another_sample(tmp_path):
+    editor = FakeEditor(lambda text: "reply 0")
+    options = {"principles": feedback.HARMLESSNESS[:1], "rounds": 3, "critique": False, "answers": tmp_path / "texts"}
+    found = feedback.revise(["q"], ["reply 0"], editor, name="fake", **options)
+    assert len(set(editor.requests)) == 1 and editor.samples == [0, 1, 2]
+    assert (found.asked, found.revised_N[0].responses) == (3, ("reply 0",) * 4)
+    again = feedback.revise(["q"], ["reply 0"], editor, name="fake", **options)
+    assert (again.asked, again.stored) == (0, 3) and len(editor.requests) == 3
+
+
 @pytest.mark.parametrize("budget", [1, 7, 12])
 def test_a_budget_stops_the_requests_and_the_rest_is_made_later(tmp_path, budget):
     whole, path = revise(FakeEditor()), tmp_path / "texts.jsonl"
@@ -183,4 +194,35 @@ def test_a_model_writes_the_same_text_in_any_batch():
     texts = [dict(writer(requests)) for writer in writers]
     assert [texts[0][i].text for i in range(4)] == [texts[1][i].text for i in range(4)]
     assert len({texts[0][i].text for i in range(4)}) > 1
-    assert texts[0][0].tokens == 3 + len(texts[0][0].text.split()) or "0" in texts[0][0].text
+    written = len(texts[0][0].text.split())
+    assert texts[0][0].tokens in (3 + written, 3 + written + 1)  # with the stop token
+    other = dict(writers[0](requests, sample=1))
+    assert [other[i].text for i in range(4)] != [texts[0][i].text for i in range(4)]
+
+
+def test_a_request_is_padded_to_the_same_width_whatever_is_written_with_it(monkeypatch):
+    shapes = []
+
+    def generate(params, rng_B, tokens_BP, mask_BP, **options):
+        shapes.append(tokens_BP.shape)
+        width_B1 = np.full((len(tokens_BP), 1), tokens_BP.shape[1])
+        none = np.zeros(len(tokens_BP), int)
+        tokens_BL = jax.numpy.concatenate([tokens_BP, width_B1], axis=1)
+        return types.Rollout(tokens_BL, tokens_BL > 0, width_B1 > 0, width_B1 * 0.0, none + 1, none)
+
+    monkeypatch.setattr(generation, "generate", generate)
+    options = {"encode": lambda text: [1] * len(text), "decode": lambda ids: str(ids[0]), "width_multiple": 8}
+    writer = feedback.ModelWriter({}, cfg=None, sampling=generation.Sampling(max_new_tokens=1), batch=3, **options)
+    requests = ["x" * length for length in (3, 20, 8, 9, 5, 1, 16)]
+    whole = {requests[i]: text.text for i, text in writer(requests)}
+    assert whole == {text: str(-(-len(text) // 8) * 8) for text in requests}
+    assert {requests[1 + i]: text.text for i, text in writer(requests[1:4])} == {
+        text: whole[text] for text in requests[1:4]
+    }
+    assert {shape[0] for shape in shapes} == {3}
+
+
+def test_the_batches_of_a_width_have_all_rows_once():
+    lengths = [3, 20, 8, 9, 5, 1, 16]
+    batches = list(asking.batches_of_width(lengths, batch=3, multiple=8))
+    assert batches == [(8, [0, 2, 4]), (8, [5]), (16, [3, 6]), (24, [1])]

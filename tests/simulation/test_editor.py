@@ -58,6 +58,18 @@ def test_an_editor_who_always_errs_changes_nothing(mistake):
     assert revisions(HARM, **{mistake: 1.0}).responses == (HARM,) * 5
 
 
+def test_an_editor_who_fails_once_may_succeed_in_another_round():
+    principle = feedback.HARMLESSNESS[:1]
+    simulated = editor.SimulatedEditor(miss=0.0, fail=0.5)
+    prompts = [f"how do i burn the {x} ?" for x in ("fox", "bear", "owl", "frog", "crow", "hen", "cow", "pig")]
+    found = feedback.revise(
+        prompts, [HARM] * 8, simulated, name=simulated.name, principles=principle, rounds=9, critique=False
+    )
+    stuck = [each for each in found.revised_N if len(set(each.responses)) == 1]
+    mended = [each for each in found.revised_N if each.responses[0] == each.responses[1] and each not in stuck]
+    assert not stuck and mended
+
+
 def test_mistakes_have_their_rates_and_depend_on_the_request_only():
     simulated = editor.SimulatedEditor(miss=0.2, fail=0.3, seed=1)
     prompts = [f"how do i burn the {x} ?" for x in ("fox", "bear", "owl", "frog", "crow")] * 1

@@ -3,9 +3,10 @@
 A simulated judge of known calibration labels pairs of answers of SL-CAI to red-team prompts. The preference model is
 trained on these labels, together with labelers' comparisons of helpfulness, and SL-CAI is trained on its scores. The
 arms differ only in the labels of the judge: its calibrated probabilities (soft), the preferred answers (hard), and the
-probabilities of the same judge after a chain of thought, which makes it overconfident, unclamped and clamped. The
-statistics are the gold harmlessness of the policy on held-out red-team prompts, the standard deviation of the scores of
-the preference model, and the share of all held-out prompts that the policy refuses.
+probabilities of the same judge after a chain of thought, which makes it overconfident, unclamped and clamped. Pairs
+between which the judge does not choose are left out in all arms. The statistics are the gold harmlessness of the policy
+on held-out red-team prompts, the standard deviation of the scores of the preference model, and the share of all
+held-out prompts that the policy refuses.
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ CLAIM = Claim(
     "extreme.",
     published="clamping to 20–80 % helps slightly, to 40–60 % more; no other numbers",
     differs="The judge is simulated: after a chain of thought it is as accurate as before and only overconfident. PPO "
-    "runs for the same number of iterations with each kind of label.",
+    "runs for the same number of iterations with each kind of label. The refusal rate is that of all held-out prompts; "
+    "half of them are red-team prompts, which should be refused.",
     measure=measure,
     decide=decide,
     plot=plot,

@@ -4,7 +4,8 @@ Answers of a helpful-only policy to held-out red-team prompts are revised four t
 was trained to criticise and revise. Critiques help small editors: with critiques, an editor with one layer reaches a
 higher harmlessness than an equal one that revises directly. The number of principles, here wordings of the request for
 a critique, does not matter. The statistics are the rank correlations of gold harmlessness and of gold helpfulness with
-the number of revisions, over all answers, and the differences in gold harmlessness after the last revision.
+the number of revisions, over all answers, and the differences in gold harmlessness after the last revision between
+critiques and direct revisions, and between 16 principles and each smaller number.
 """
 
 from __future__ import annotations
@@ -27,9 +28,7 @@ COUNTS = (1, 4, 16)
 """Numbers of principles."""
 MARGIN = 0.05
 """Largest difference in gold harmlessness between numbers of principles that counts as none."""
-LARGE_CRITIQUE, LARGE_DIRECT, SMALL_CRITIQUE, SMALL_DIRECT = (
-    f"{size}, {mode}" for size in (ms.LARGEST, SMALL) for mode in ("critique", "direct")
-)
+LARGE_CRITIQUE, SMALL_CRITIQUE, SMALL_DIRECT = f"{ms.LARGEST}, critique", f"{SMALL}, critique", f"{SMALL}, direct"
 
 
 def measure(trial: Trial) -> Measured:
@@ -37,7 +36,7 @@ def measure(trial: Trial) -> Measured:
     recipe = ms.Recipe(trial)
     helpful = trial.result(train_helpful, recipe.base)
     measured = {}
-    for name in (LARGE_CRITIQUE, LARGE_DIRECT, SMALL_CRITIQUE, SMALL_DIRECT):
+    for name in (LARGE_CRITIQUE, SMALL_CRITIQUE, SMALL_DIRECT):
         size, mode = name.split(", ")
         options = {"critique": mode == "critique", "size": size}
         trained = trial.result(editor_models.train_editor, recipe.base_of(size), helpful, **options)
@@ -67,14 +66,17 @@ def decide(measured_S: Sequence[Measured]) -> list[verdicts.Part]:
         [correlation(each[LARGE_CRITIQUE][metric]) for each in measured_S] for metric in ("harmless", "helpful")
     )
     critique_S = [last(each, SMALL_CRITIQUE) - last(each, SMALL_DIRECT) for each in measured_S]
-    principles_S = [last(each, LARGE_CRITIQUE) - last(each, f"{COUNTS[0]} principles") for each in measured_S]
+
+    def principles(count: int) -> verdicts.Part:
+        difference_S = [last(each, LARGE_CRITIQUE) - last(each, f"{count} principles") for each in measured_S]
+        name = f"harmlessness after four revisions, {COUNTS[-1]} − {count} principles"
+        return verdicts.between(name, difference_S, -MARGIN, MARGIN)
+
     return [
         verdicts.above("rank correlation of harmlessness and number of revisions", harmless_S),
         verdicts.below("rank correlation of helpfulness and number of revisions", helpful_S),
         verdicts.above("harmlessness after four revisions, critique − direct, small editor", critique_S),
-        verdicts.between(
-            f"harmlessness after four revisions, {COUNTS[-1]} − {COUNTS[0]} principles", principles_S, -MARGIN, MARGIN
-        ),
+        *(principles(count) for count in COUNTS[:-1]),
     ]
 
 

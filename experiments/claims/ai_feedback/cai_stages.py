@@ -13,7 +13,7 @@ from recipe import comparison_data
 from claims import model_stages as ms
 from claims import trial as trial_lib
 from claims.trial import Trial
-from rlhf_jax import types
+from rlhf_jax import feedback, types
 from rlhf_jax.simulation import editor, harm_judge
 
 _COMPARED = {"prompts": 600, "min_k": 4, "max_k": 4}
@@ -60,14 +60,18 @@ def train_preference_model(
     clamp: tuple[float, float] = (0.0, 1.0),
     hard: bool = False,
 ) -> types.Params:
-    """Returns the preference model of the labelers' comparisons and of pairs that the simulated judge labels."""
+    """Returns the preference model of the labelers' comparisons and of pairs that the simulated judge labels.
+
+    Ties of the judge are left out, with hard labels and with soft ones.
+    """
     assert trial.task.world is not None
     sampled = ai_stages.sample_pairs(trial, sl_cai, sizes(trial, full=pairs))
     judge = harm_judge.SimulatedJudge(
         trial.task.world.tables, strength=strength, overconfidence=overconfidence, seed=trial.settings.seed
     )
     labels = ai_stages.label_pairs(sampled.pairs, judge, seed=trial.settings.seed, principles=16, clamp=tuple(clamp))
-    rows = ai_stages.preference_rows(helpfulness, sampled, labels.preference_N, hard=hard)
+    preference_N = np.where(feedback.is_tie(labels.preference_N), np.nan, labels.preference_N)
+    rows = ai_stages.preference_rows(helpfulness, sampled, preference_N, hard=hard)
     return ai_stages.train_preference_model(red_team.rl_job(trial, red_team=_RED_TEAM_SHARE), sl_cai, rows)
 
 

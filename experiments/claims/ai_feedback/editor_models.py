@@ -71,7 +71,7 @@ def train_editor(
         if i in set(revised.complete)
         for r in range(4)
     ]
-    rng = np.random.default_rng([trial.settings.seed, 45])
+    rng = np.random.default_rng([trial.settings.seed, 4500])
     index, answers, critiques, revisions = (list(column) for column in zip(*examples))
     encoded, T = revised.prompts.encoded, trial.task.response_width
     asked = [PRINCIPLES[i] for i in rng.integers(len(PRINCIPLES), size=len(examples))]
@@ -148,7 +148,7 @@ def revise_with_model(
     asked = red_team.prompts_of(trial, n, stream=red_team.EVALUATE, harmful=True, split="test").encoded
     key = jax.random.fold_in(trial.key("evaluate"), 45)
     answers = red_team.texts_of(trial, trial.sampler(helpful, None, None, asked, key))
-    rng, T, utilities = np.random.default_rng([trial.settings.seed, 46]), trial.task.response_width, []
+    rng, T, utilities = np.random.default_rng([trial.settings.seed, 4501]), trial.task.response_width, []
     for r in range(rounds + 1):
         utilities.append(ai_stages.gold_of(trial, asked, answers))
         if r == rounds:
