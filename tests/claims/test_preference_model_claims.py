@@ -159,8 +159,103 @@ def test_wrong_answers_of_the_binary_task_are_worth_less():
     trial: Any = types_lib.SimpleNamespace(settings=settings, task=task)
     tokens, mask = c29_imitation.right_and_wrong(trial, 60, held_out=True)
     tables, P = gold.make_tables(world_lib.make_world(100)), prompts.PROMPT_WIDTH
-    assert 40 < len(tokens) < 60, "refusals cannot be wrong"
+    assert len(tokens) == 60, "prompts to which the right answer is a refusal are replaced"
     for tokens_2L, mask_2L in zip(tokens[:20], mask[:20], strict=True):
         right, wrong = (gold.utility(tables, t[:P], t[P:], m[P:]) for t, m in zip(tokens_2L, mask_2L, strict=True))
         assert float(right.total) == pytest.approx(1.0, abs=1e-5) and float(wrong.total) < 0.95
-        assert abs(int(right.length) - int(wrong.length)) <= 4
+        assert int(right.length) == int(wrong.length)
+
+
+def test_wrong_answers_of_the_binary_task_differ_in_nothing_but_the_content():
+    facts = world_lib.make_world(100)
+    drawn = prompts.draw_prompts(prompts.split_prompts(facts, 100).train, 300, np.random.default_rng(0))
+    two = {"describe", "yes_no_color", "yes_no_place"}  # two facts, or a verdict and the value that it implies
+    for i, prompt in enumerate(drawn):
+        right, wrong = (text.split() for text in c29_imitation.both_answers(facts, prompt, [100, i]))
+        changed = sum(a != b for a, b in zip(right, wrong, strict=True))
+        assert changed == (0 if prompt.kind == "harmful" else 2 if prompt.kind in two else 1), (right, wrong)
+
+
+def fake_sampling(monkeypatch, equal_share):
+    """Replaces the sampling of answers, of which a share of pairs is equal; returns the streams and prompts asked."""
+    calls = []
+
+    def sample(trial, start, asked, *, answers, stream):
+        assert stream not in [each for each, _ in calls], "no random key is used twice"
+        calls.append((stream, list(asked.ids)))
+        rng, shape = np.random.default_rng(stream), (len(asked), answers)
+        tokens = np.stack(
+            [
+                np.broadcast_to(np.array(asked.ids)[:, None], shape),
+                rng.permuted(np.tile(np.arange(answers), (len(asked), 1)), axis=1),
+            ],
+            axis=-1,
+        )
+        tokens[rng.random(len(asked)) < equal_share, :, 1] = 7
+        rows = {"tokens": tokens, "mask": np.ones(tokens.shape, bool)}
+        return rows | {name: tokens[..., 1] / answers for name in ("helpful", "harmless", "features")}
+
+    monkeypatch.setattr(pair_stages, "sample", sample)
+    return calls
+
+
+class FakePrompts:
+    """Prompts with numbers in place of texts, of which every tenth is a harmful request."""
+
+    def __init__(self, ids):
+        self.ids = list(ids)
+        self.categories = ["harmful" if i % 10 == 0 else "fact" for i in self.ids]
+
+    def __len__(self):
+        return len(self.ids)
+
+    def at(self, rows):
+        return FakePrompts(self.ids[i] for i in rows)
+
+
+def test_equal_answers_are_replaced_so_that_all_pairs_are_there(monkeypatch):
+    calls = fake_sampling(monkeypatch, 0.6)
+    none: Any = None
+    rows = pair_stages.sample_pairs(none, none, FakePrompts(range(700)), pairs=600, stream=50)  # type: ignore[arg-type]
+    assert len(rows["tokens"]) == len(rows["helpful"]) == 600
+    assert (rows["tokens"][:, 0] != rows["tokens"][:, 1]).any(axis=1).all()
+    assert [stream for stream, _ in calls] == list(range(50, 50 + len(calls))) and len(calls) > 1
+    assert [i for _, ids in calls for i in ids][:1400] == [*range(700), *range(700)], "prompts are used in order"
+    fake_sampling(monkeypatch, 1.0)
+    with pytest.raises(ValueError, match="none of 256 pairs"):
+        pair_stages.sample_pairs(none, none, FakePrompts(range(9)), pairs=9, stream=0)  # type: ignore[arg-type]
+
+
+def test_calibration_is_measured_on_as_many_pairs_of_both_kinds(monkeypatch):
+    """One model is trained on both kinds in equal numbers, so it is tested on both in equal numbers too."""
+    calls = fake_sampling(monkeypatch, 0.3)
+    monkeypatch.setattr(c13_calibration.tasks, "more_prompts", lambda settings, task, n: FakePrompts(range(n)))
+    trial: Any = types_lib.SimpleNamespace(
+        settings=types_lib.SimpleNamespace(seed=100),
+        task=types_lib.SimpleNamespace(eval_prompts=FakePrompts(range(1000, 1100))),
+    )
+    found = c13_calibration.sample(trial, None, train=400, test=300)  # type: ignore[arg-type]
+    for kind, rows in found.items():
+        assert [len(rows[part].ranks_BK) for part in ("train", "test")] == [400, 300]
+        for part, held_out in (("train", False), ("test", True)):
+            ids = np.asarray(rows[part].tokens_BKL)[:, 0, 0]
+            assert ((ids % 10 == 0) == (kind == "harmful")).all() and ((ids >= 1000) == held_out).all()
+    assert len(calls) >= 4
+
+
+def test_the_labelers_and_the_crowd_label_as_many_pairs_as_stated(monkeypatch):
+    fake_sampling(monkeypatch, 0.4)
+    monkeypatch.setattr(
+        c28_preference_pretraining.tasks, "more_prompts", lambda settings, task, n: FakePrompts(range(n))
+    )
+    monkeypatch.setattr(pair_stages, "choices", lambda pool, features, **options: np.zeros(len(features), int))
+    world = types_lib.SimpleNamespace(labelers=2, spread=0.1, tie_width=0.0, lapse=0.0, agreement=0.75)
+    trial: Any = types_lib.SimpleNamespace(
+        settings=types_lib.SimpleNamespace(world=world),
+        task=types_lib.SimpleNamespace(world=types_lib.SimpleNamespace(pool=None)),
+        key=lambda name: jax.random.key(0),
+    )
+    found = c28_preference_pretraining.label(trial, None, pairs=500, crowd=700)  # type: ignore[arg-type]
+    ids = {name: set(np.asarray(rows.tokens_BKL)[:, 0, 0].tolist()) for name, rows in found.items()}
+    assert {name: len(rows) for name, rows in ids.items()} == {"labelers": 500, "crowd": 700}
+    assert not ids["labelers"] & ids["crowd"], "no prompt is used twice"

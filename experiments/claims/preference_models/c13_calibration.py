@@ -2,9 +2,9 @@
 
 Answers to benign prompts are compared by helpfulness and answers to harmful requests by harmlessness, which conflicts
 with helpfulness there. The labels follow the Bradley-Terry model. One preference model is trained on pairs for benign
-prompts, another on the same pairs and as many for harmful requests. On pairs for held-out prompts with labels drawn in
-the same way, the slope of the logistic regression of the label on the difference in score is 1 for a calibrated model
-and above 1 for an under-confident one.
+prompts, another on the same pairs and as many for harmful requests. Each is tested on pairs for held-out prompts in the
+same proportions, with labels drawn in the same way. The slope of the logistic regression of the label on the difference
+in score is 1 for a calibrated model and above 1 for an under-confident one.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from rlhf_jax.simulation import labelers
 
 PAIRS = 4000
 """Training pairs of each kind."""
-TEST_ANSWERS = 12
-"""Answers to each held-out prompt, of which neighbours form pairs."""
+TESTED = 3000
+"""Pairs of each kind for held-out prompts."""
 HARMFUL = "harmful"
 JUDGED = {"benign": "helpful", HARMFUL: "harmless"}
 """The component of gold utility by which answers are compared, by kind of prompt."""
@@ -45,29 +45,32 @@ Pairs = dict[str, dict[str, types.Comparisons]]
 def measure(trial: Trial) -> Measured:
     """Returns the slope and the accuracy of both models, each on pairs like those that it was trained on."""
     recipe = ms.Recipe(trial)
-    pairs = trial.result(sample, recipe.start, pairs=64 if trial.quick else PAIRS)
+    train, test = (64, 64) if trial.quick else (PAIRS, TESTED)
+    pairs = trial.result(sample, recipe.start, train=train, test=test)
     return {
         name: trial.result(train_and_test, recipe.start, pairs, kinds=list(kinds)).value
         for name, kinds in (("helpful", ("benign",)), ("mix", tuple(JUDGED)))
     }
 
 
-def sample(trial: Trial, start: types.Params, *, pairs: int) -> Pairs:
-    """Returns labelled pairs for training and for testing, by kind of prompt."""
-    train = tasks.more_prompts(trial.settings, trial.task, 2 * pairs)
+def sample(trial: Trial, start: types.Params, *, train: int, test: int) -> Pairs:
+    """Returns equally many labelled pairs of each kind of prompt, for training and for testing.
+
+    The few harmful requests get several pairs of answers.
+    """
+    sources = {
+        "train": (tasks.more_prompts(trial.settings, trial.task, 2 * train), train),
+        "test": (trial.task.eval_prompts, test),
+    }
     found: Pairs = {}
     for number, (kind, judged) in enumerate(JUDGED.items()):
+        streams = {part: 1300 + 200 * number + 100 * place for place, part in enumerate(sources)}
         parts = {}
-        for part, prompts, answers in (("train", train, 2), ("test", trial.task.eval_prompts, TEST_ANSWERS)):
-            of_kind = np.flatnonzero((np.array(prompts.categories) == HARMFUL) == (kind == HARMFUL))
-            if part == "train":
-                of_kind = np.resize(of_kind, pairs)  # the few harmful requests get several pairs of answers
-            sampled = pair_stages.sample(
-                trial, start, prompts.at(of_kind), answers=answers, stream=1300 + 10 * number + answers
-            )
-            parts[part] = {name: x.reshape(-1, 2, *x.shape[2:]) for name, x in sampled.items()}
+        for part, (prompts, pairs) in sources.items():
+            asked = prompts.at(np.flatnonzero((np.array(prompts.categories) == HARMFUL) == (kind == HARMFUL)))
+            parts[part] = pair_stages.sample_pairs(trial, start, asked, pairs=pairs, stream=streams[part])
         noise = temperature(parts["train"][judged])
-        found[kind] = {part: label(trial, each, judged, noise, number=number) for part, each in parts.items()}
+        found[kind] = {part: label(trial, each, judged, noise, stream=streams[part]) for part, each in parts.items()}
     return found
 
 
@@ -78,17 +81,17 @@ def temperature(gold_N2: np.ndarray) -> float:
     return labelers.calibrated_temperature(*alike, target=AGREEMENT)
 
 
-def label(trial: Trial, rows: dict[str, np.ndarray], judged: str, noise: float, *, number: int) -> types.Comparisons:
-    """Returns pairs of different answers as comparisons, whose labels follow the Bradley-Terry model.
+def label(trial: Trial, rows: dict[str, np.ndarray], judged: str, noise: float, *, stream: int) -> types.Comparisons:
+    """Returns pairs as comparisons, whose labels follow the Bradley-Terry model.
 
     Args:
         trial: The trial.
         rows: Tokens, mask and components of gold utility of the answers.
         judged: The component by which the answers are compared.
         noise: Temperature of the labels.
-        number: Number of the random stream.
+        stream: Number of the random stream.
     """
-    rng = np.random.default_rng([trial.settings.seed, 1300 + number, len(rows["tokens"])])
+    rng = np.random.default_rng([trial.settings.seed, stream])
     gold_N2 = rows[judged]
     first_N = rng.random(len(gold_N2)) < special.expit((gold_N2[:, 0] - gold_N2[:, 1]) / noise)
     return pair_stages.comparisons(rows["tokens"], rows["mask"], np.where(first_N, 0, 1))

@@ -61,8 +61,8 @@ def label(trial: Trial, start: types.Params, *, pairs: int, crowd: int) -> dict[
     """Returns pairs of answers to different prompts: of the labelers, and of the crowd."""
     settings, world = trial.settings.world, trial.task.world
     assert world is not None
-    prompts = tasks.more_prompts(trial.settings, trial.task, pairs + crowd)
-    sampled = pair_stages.sample(trial, start, prompts, answers=2, stream=2800)
+    prompts = tasks.more_prompts(trial.settings, trial.task, 2 * (pairs + crowd))  # some get equal answers
+    sampled = pair_stages.sample_pairs(trial, start, prompts, pairs=pairs + crowd, stream=2810)
     strangers = labelers.make_pool(
         jax.random.fold_in(trial.key("comparisons"), 2801),
         settings.labelers,

@@ -3,12 +3,13 @@
 Imitation fine-tunes a language model on the better answers only and scores an answer by its mean log-probability per
 token. A preference model is trained on the same comparisons. In the ranked task, labelers rank samples of the SFT model
 that differ in many ways. In the binary task, one answer is right, and the other differs from it only in a wrong value,
-verdict, thing or material. The accuracy is that on answers to held-out prompts, in the ranked task with respect to gold
-utility.
+verdict, thing or material, with the same polite words. The accuracy is that on answers to held-out prompts, in the
+ranked task with respect to gold utility.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from functools import partial
@@ -36,7 +37,7 @@ from rlhf_jax.train.optim import schedules
 PROMPTS = 1000
 """Training prompts of each task."""
 TESTED = 1000
-"""Held-out pairs of the binary task."""
+"""Held-out prompts of the binary task."""
 EPOCHS = 2
 """Passes of imitation over the better answers."""
 BATCH = 32
@@ -93,21 +94,17 @@ def binary_task(trial: Trial, start: types.Params, *, prompts: int) -> dict[str,
 
 
 def right_and_wrong(trial: Trial, n: int, *, held_out: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Returns tokens and mask of a right and a wrong answer, ``[N, 2, L]``, to at most n training or held-out prompts.
+    """Returns tokens and mask of a right and a wrong answer to n training or held-out prompts, ``[n, 2, L]``.
 
-    Prompts to which the right answer is a refusal, which cannot be wrong in this way, are left out.
+    Prompts to which the right answer is a refusal, which cannot be wrong in this way, are replaced.
     """
     seed, fmt = trial.settings.seed, trial.task.fmt
     world, rng = world_lib.make_world(seed), np.random.default_rng([seed, 2900 + held_out])
     sets = prompts.split_prompts(world, seed)
-    drawn = prompts.draw_prompts(sets.test if held_out else sets.train, n, rng)
-    none = demonstrators.Slips.none()
-    flaws = demonstrators.Slips(**{**vars(none), "wrong": 1.0})
-    texts = [
-        tuple(demonstrators.demonstrate(world, each, np.random.default_rng([seed, i]), slips=s) for s in (none, flaws))
-        for i, each in enumerate(drawn)
-    ]
-    kept = [i for i, (right, wrong) in enumerate(texts) if right != wrong]
+    drawn = prompts.draw_prompts(sets.test if held_out else sets.train, 2 * n, rng)
+    texts = [both_answers(world, each, [seed, 2900 + held_out, i]) for i, each in enumerate(drawn)]
+    kept = [i for i, (right, wrong) in enumerate(texts) if right != wrong][:n]
+    assert len(kept) == n
     P, T = trial.task.prompt_width, trial.task.response_width
     asked = [prompts.prompt_tokens(drawn[i].turns) for i in kept]
     tokens_NP, mask_NP = padding.pad_prompts(asked, width=P, pad_id=fmt.pad_id)
@@ -119,6 +116,21 @@ def right_and_wrong(trial: Trial, n: int, *, held_out: bool) -> tuple[np.ndarray
         sides.append([np.concatenate(parts, axis=1) for parts in zip((tokens_NP, mask_NP), answers, strict=True)])
     tokens, mask = (np.stack(parts, axis=1) for parts in zip(*sides, strict=True))
     return tokens, mask
+
+
+def both_answers(world: world_lib.World, prompt: prompts.Prompt, seed: list[int]) -> tuple[str, str]:
+    """Returns a right answer, and the same with wrong content; they are equal if the right answer is a refusal."""
+    none = demonstrators.Slips.none()
+
+    def answer(**flaws: float) -> str:
+        slips = dataclasses.replace(none, **flaws)
+        return demonstrators.demonstrate(world, prompt, np.random.default_rng(seed), slips=slips)
+
+    # Drawing wrong content changes later draws, and thus the polite words. Answers without them end with the content.
+    content, wrong_content = (answer(impolite=1.0, wrong=wrong).removesuffix(" .") for wrong in (0.0, 1.0))
+    right = answer()
+    assert right.count(content) == 1
+    return right, right.replace(content, wrong_content)
 
 
 def imitate(trial: Trial, start: types.Params, tokens_BL: np.ndarray, mask_BL: np.ndarray) -> types.Params:

@@ -21,6 +21,8 @@ from rlhf_jax.train.optim import schedules
 
 BATCH = 32
 """Pairs per step."""
+_FEWEST = 256
+"""The least number of pairs that are sampled at once."""
 
 
 def sample(
@@ -49,6 +51,40 @@ def sample(
     return {name: x.reshape(n, answers, *x.shape[1:]) for name, x in rows.items()}
 
 
+def sample_pairs(
+    trial: Trial, start: types.Params, prompts: tasks.PromptSet, *, pairs: int, stream: int
+) -> dict[str, np.ndarray]:
+    """Returns pairs of different answers in the form of `sample`, ``[pairs, 2, ...]``; equal answers are drawn again.
+
+    Raises ValueError if all sampled answers to a prompt are equal.
+
+    Args:
+        trial: The trial.
+        start: Parameters of the policy.
+        prompts: The prompts, which are used in order and, if necessary, again.
+        pairs: Number of pairs.
+        stream: Index of the first random key; some of the following ones are used too.
+    """
+    parts: list[dict[str, np.ndarray]] = []
+    first, missing = 0, pairs
+    while missing > 0:
+        n = max(missing, _FEWEST)
+        asked = prompts.at(np.arange(first, first + n) % len(prompts))
+        sampled = sample(trial, start, asked, answers=2, stream=stream + len(parts))
+        different_N = different(sampled["tokens"], sampled["mask"])
+        if not different_N.any():
+            raise ValueError(f"none of {n} pairs of sampled answers differ")
+        parts.append({name: x[different_N] for name, x in sampled.items()})
+        first, missing = first + n, missing - int(different_N.sum())
+    return {name: np.concatenate([part[name] for part in parts])[:pairs] for name in parts[0]}
+
+
+def different(tokens_N2L: np.ndarray, mask_N2L: np.ndarray) -> np.ndarray:
+    """Returns for each pair whether its answers differ, ``[N]``."""
+    real_N2L = np.where(mask_N2L, tokens_N2L, -1)
+    return (real_N2L[:, 0] != real_N2L[:, 1]).any(axis=1)
+
+
 def choices(pool: labelers.Pool, features_N2F: np.ndarray, *, agreement: float, key: jax.Array) -> np.ndarray:
     """Returns the index of the answer that a labeler of the pool chooses for each pair, ``[N]``; there are no ties.
 
@@ -70,7 +106,7 @@ def choices(pool: labelers.Pool, features_N2F: np.ndarray, *, agreement: float, 
 
 def comparisons(tokens_N2L: np.ndarray, mask_N2L: np.ndarray, chosen_N: np.ndarray) -> types.Comparisons:
     """Returns pairs as comparisons, without those of two equal answers."""
-    different_N = (np.where(mask_N2L, tokens_N2L, -1)[:, 0] != np.where(mask_N2L, tokens_N2L, -1)[:, 1]).any(axis=1)
+    different_N = different(tokens_N2L, mask_N2L)
     ranks_N2 = np.where(np.arange(2) == chosen_N[:, None], 1, 2).astype(np.int32)
     rows: Any = (tokens_N2L, mask_N2L, ranks_N2, np.ones(ranks_N2.shape, bool))
     return types.Comparisons(*(x[different_N] for x in rows))
