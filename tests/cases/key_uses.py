@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax
+import jax.core
 import numpy as np
 
 from rlhf_jax.data import batching
