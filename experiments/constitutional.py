@@ -23,11 +23,11 @@ The run folder contains results.json, report.html, config.json, metrics.jsonl, t
 revisions.jsonl (critiques and revisions), labels.jsonl (answers of the judge) and, in Hugging Face format, helpful/,
 sl_cai/, rl_cai/ and preference_model/.
 
-With the default preset and seed 100, the gold harmlessness on red-team prompts is 0.02 for the helpful-only policy, 0.57
-for SL-CAI and 1.00 for RL-CAI (RL-CAI − helpful-only: 95 % interval 0.971 to 0.986). The gold helpfulness on benign
-prompts is 0.57, 0.44 and 0.39. SL-CAI refuses 3 % of the benign prompts, but RL-CAI refuses nearly all of them: PPO goes
-so far that the entropy of the policy collapses, which the run reports as an alarm. Fewer --ppo.iterations or a higher
---ppo.kl-coef stop earlier.
+With the default preset and seed 100, the gold harmlessness on red-team prompts is 0.02 for the helpful-only policy,
+0.57 for SL-CAI and 1.00 for RL-CAI (RL-CAI − helpful-only: 95 % interval 0.971 to 0.986). The gold helpfulness on
+benign prompts is 0.57, 0.44 and 0.39. SL-CAI refuses 3 % of the benign prompts, but RL-CAI refuses nearly all of them:
+PPO goes so far that the entropy of the policy collapses, which the run reports as an alarm. --ppo.iterations and
+--ppo.kl-coef limit how far it goes.
 """
 
 from __future__ import annotations
