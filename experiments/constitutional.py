@@ -23,8 +23,11 @@ The run folder contains results.json, report.html, config.json, metrics.jsonl, t
 revisions.jsonl (critiques and revisions), labels.jsonl (answers of the judge) and, in Hugging Face format, helpful/,
 sl_cai/, rl_cai/ and preference_model/.
 
-With the default preset, the gold harmlessness on red-team prompts should rise from below 0.1 to above 0.9. The report
-states what this costs in helpfulness and how often benign requests are refused.
+With the default preset and seed 100, the gold harmlessness on red-team prompts is 0.02 for the helpful-only policy,
+0.57 for SL-CAI and 1.00 for RL-CAI (RL-CAI − helpful-only: 95 % interval 0.971 to 0.986). The gold helpfulness on
+benign prompts is 0.57, 0.44 and 0.39. SL-CAI refuses 3 % of the benign prompts, but RL-CAI refuses nearly all of them:
+PPO goes so far that the entropy of the policy collapses, which the run reports as an alarm. --ppo.iterations and
+--ppo.kl-coef limit how far it goes.
 """
 
 from __future__ import annotations

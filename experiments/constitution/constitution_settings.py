@@ -113,3 +113,9 @@ def check(settings: ConstitutionalSettings) -> None:
     low, high = settings.judge.clamp
     require(0 <= low <= 0.5 <= high <= 1, settings, "judge.clamp", "two numbers from 0 to 1 around 0.5")
     require(0 < settings.red_team < 1, settings, "red_team", "above 0 and below 1")
+    n = settings.evaluation.prompts
+    if not 0 < round(settings.red_team * n) < n:
+        raise settings_lib.SettingError(
+            f"--evaluation.prompts {n} with --red-team {settings.red_team:g} has no red-team or no benign prompt; give "
+            "more prompts"
+        )

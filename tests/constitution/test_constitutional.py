@@ -103,6 +103,8 @@ def test_the_random_streams_differ():
         ("--revision.miss 1", r"--revision.miss"),
         ("--judge.clamp 0.6 0.9", r"--judge.clamp"),
         ("--red-team 0", r"--red-team"),
+        ("--evaluation.prompts 1", r"--evaluation.prompts 1 .* no red-team"),
+        ("--evaluation.prompts 64 --red-team 0.999", r"--evaluation.prompts 64 .* no benign"),
         ("--ppo.ptx-coef 2", r"--ppo.ptx-coef has no effect"),
         ("--sft.mix 0.2", r"--sft.mix has no effect"),
         ("--evaluation.best-of 4", r"--evaluation.best-of has no effect"),
@@ -190,17 +192,18 @@ def test_a_run_from_the_files_asks_nothing_and_writes_the_same(tiny, tmp_path):
         assert (out / name).read_bytes() == (whole / name).read_bytes()
 
 
-def test_the_judge_is_asked_about_held_out_pairs_within_the_same_budget(tiny, tmp_path, capsys):
+def test_the_judge_is_asked_about_held_out_pairs_within_the_same_budget(tiny, tmp_path):
     held_out = tmp_path / "held_out.jsonl"
     asked = [("tea?", "Boil."), ("tea?", "Heat."), ("fire?", "Rub.")]
     lines = [json.dumps({"prompt": prompt, "chosen": chosen, "rejected": "No."}) + "\n" for prompt, chosen in asked]
     held_out.write_text("".join(lines))
     out = tmp_path / "run"
     constitutional.main(own_arguments(tiny, out, "--held-out", str(held_out), "--max-requests", "5"))
-    first = json.loads((out / "results.json").read_text())["judge"]
+    results = json.loads((out / "results.json").read_text())
+    first, notes = results["judge"], " ".join(each["text"] for each in results["incidents"])
     assert first["asked"] == 5 and first["held_out"] == 2  # both orders of two pairs, and one order of the third
     assert first["open"] == 1 + 3 - first["comparisons"] - first["equal_answers"]
-    assert "of 2 held-out labels" in " ".join(capsys.readouterr().out.split())
+    assert "of 2 held-out labels" in notes and "1 held-out pairs have no label" in notes
     constitutional.main(["--resume", str(out)])
     second = json.loads((out / "results.json").read_text())["judge"]
     assert second["held_out"] == 3 and second["asked"] == 5

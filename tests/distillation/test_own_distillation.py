@@ -158,6 +158,8 @@ def test_rows_of_text_are_clustered_by_the_document_in_which_they_start(given):
     rows, first = distill_rows.text_rows(fmt, texts, width=len(start) + 10)
     assert len(rows) == sum(lengths) // 10 and first == owner[: 10 * len(rows) : 10]
     assert first.count(0) > 3 and first.count(3) > 1, "long documents fill several rows"
+    aligned = distill_rows.text_rows(fmt, texts[1:], width=len(start) + lengths[1])[1]
+    assert aligned[:2] == [0, 1], "the second row starts with the second document"
     assert distill_rows.text_rows(fmt, texts, width=len(start) + sum(lengths)) == (
         [start + [i for x in fmt.tokenizer(texts)["input_ids"] for i in [*x, tasks.document_end(fmt)]]],
         [0],

@@ -11,6 +11,7 @@ from typing import Any
 from unittest import mock
 
 import compare
+import constitutional
 import dpo
 import dpo_vs_ppo
 import dry_run
@@ -32,7 +33,7 @@ from rlhf_jax.distributed import hosts
 from rlhf_jax.simulation import lexicon
 
 COMMANDS: dict[str, Any] = {
-    each.__name__: each for each in (instructgpt, dpo, reward_model, compare, sweep, dpo_vs_ppo, hh)
+    each.__name__: each for each in (instructgpt, dpo, reward_model, compare, sweep, dpo_vs_ppo, hh, constitutional)
 }
 TINY: dict[str, dict[str, Any]] = {
     "net": {"layers": 1, "width": 8, "heads": 2, "mlp": 8},
@@ -117,6 +118,11 @@ ALTERNATIVES: dict[str, Any] = {
     "pm.batch": 2,
     "pm.harmless_weight": 3.0,
     "pm.score_weights": (1.0, 2.0),
+    "revision.principles": 8,
+    "revision.miss": 0.9,
+    "revision.fail": 0.9,
+    "judge.clamp": (0.4, 0.6),
+    "judge.position_bias": 4.0,
     "hosts.coordinator": "host:1",
     "hosts.count": 2,
     "hosts.index": 1,
@@ -148,6 +154,7 @@ VARIANTS: list[Variant] = [
     ("sweep", "ppo", (), {"seeds": 1}),
     ("dpo_vs_ppo", "world", (), WORLD_STUDY),
     ("hh", "rounds", (), {}),
+    ("constitutional", "world", (), {"evaluation.prompts": 64}),
 ]
 MORE: list[Variant] = [
     ("instructgpt", "policy critic", (), {"ppo.critic": "policy"}),
@@ -176,7 +183,7 @@ MORE: list[Variant] = [
     ("dpo_vs_ppo", "exact", (), {"parts": ("exact",)}),
     ("hh", "separate", (), {"pm.separate": True}),
     *((name, FILE, (FILE,), {}) for name in ("instructgpt", "dpo", "reward_model", "sweep")),
-    *((name, MODEL, (MODEL,), {}) for name in COMMANDS if name not in ("dpo_vs_ppo", "hh")),
+    *((name, MODEL, (MODEL,), {}) for name in COMMANDS if name not in ("dpo_vs_ppo", "hh", "constitutional")),
     ("dpo_vs_ppo", MODEL, (MODEL,), WORLD_STUDY),
     ("instructgpt", "file and model", (FILE, MODEL), {}),
 ]
