@@ -68,15 +68,14 @@ class ConstitutionalSettings(settings_lib.Settings):
 
 def adjust(preset: Any) -> Any:
     """Returns the preset of the command."""
-    ranked = {"min_k": 4, "max_k": 4}
     if preset.preset == "smoke":
         return dataclasses.replace(
             preset,
-            comparisons=dataclasses.replace(preset.comparisons, **ranked),
+            comparisons=dataclasses.replace(preset.comparisons, min_k=4, max_k=4),
             revision=Revision(prompts=96, helpful_prompts=96),
             judge=Judge(pairs=128),
         )
-    comparisons = dataclasses.replace(preset.comparisons, prompts=1000, **ranked)
+    comparisons = dataclasses.replace(preset.comparisons, prompts=2000)
     ppo = dataclasses.replace(preset.ppo, iterations=20)
     return dataclasses.replace(preset, comparisons=comparisons, ppo=ppo)
 
