@@ -76,7 +76,7 @@ def gold_of(job: jobs.Job, encoded: tasks.PromptSet, answers: Sequence[str]) -> 
     """Returns the gold utility of answers to prompts."""
     rows = red_team.answer_rows(job, encoded, answers)
     P, world = job.task.prompt_width, job.task.world
-    assert world is not None
+    assert world is not None and encoded.words_BP is not None
     tokens_BT, mask_BT = (np.asarray(each)[:, P:] for each in (rows.tokens_BL, rows.mask_BL))
     return world_words.gold_utility(world.tables, encoded.words_BP, tokens_BT, mask_BT)
 

@@ -124,7 +124,9 @@ def check(settings: OwnConstitutionalSettings) -> None:
     servers = [each for each in (settings.judge, settings.editor) if is_address(each)]
     if servers and settings.judge_model is None:
         raise SettingError(f"--judge-model is missing; give the name of the model at {servers[0]}")
-    unused = [(("saves", "max_skipped", "log"), "with --model, which is not trained")]
+    unused: list[tuple[tuple[str, ...], str]] = [
+        (("saves", "max_skipped", "log"), "with --model, which is not trained")
+    ]
     if not servers:
         unused.append((("judge_model", "key_variable"), "without an address in --judge or --editor"))
     if not is_address(settings.judge):

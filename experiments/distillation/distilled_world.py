@@ -49,7 +49,7 @@ def run(settings: WorldDistillSettings) -> dict[str, Any]:
 
     with run_setup.open_folder(settings, out, stages=_STAGES, prepare=prepare) as opened:
         task, prompt = opened.prepared
-        fields = opened.engine_fields | {"settings": recipe}
+        fields: dict[str, Any] = opened.engine_fields | {"settings": recipe}
         job = jobs.make_job(task=task, model=None, **fields)
         run_setup.describe(opened, job.cfg, out)
         base = stages.pretrain(job)

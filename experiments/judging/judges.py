@@ -150,7 +150,8 @@ def describe(given: Given, asked: list[int]) -> dict[str, Any]:
     row: dict[str, Any] = {}
     if refused.any():
         row["refused"] = list(diagnostics.clustered_mean(refused, asked, rate=True))
-    lines, asked = ([x for x, left_out in zip(each, refused) if not left_out] for each in (flat(given), asked))
+    lines = [line for line, left_out in zip(flat(given), refused) if not left_out]
+    asked = [i for i, left_out in zip(asked, refused) if not left_out]
     if not lines:
         return row
     if all("tokens" in line for line in lines):

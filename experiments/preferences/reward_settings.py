@@ -249,7 +249,7 @@ def check(settings: RewardSettings) -> None:
     if training.trains:
         _check_pattern(settings)
     require(pmp.prompts >= 0, settings, "pmp.prompts", "at least 0")
-    built_in = folds or settings.data.path is None
+    built_in = folds > 0 or settings.data.path is None
     require(not pmp.prompts or built_in, settings, "pmp.prompts", "left out with --data.path, but for --folds")
     require(not pmp.prompts or settings.model is None, settings, "pmp.prompts", "left out with --model")
     require(0.5 < pmp.agreement < 1, settings, "pmp.agreement", "above 0.5 and below 1")

@@ -17,6 +17,7 @@ from recipe import comparison_data, jobs, stages, tasks
 from preferences.reward_settings import RewardLoss, RewardSettings
 from rlhf_jax import lm, losses, parallel, types
 from rlhf_jax.data import batching, comparison_transforms
+from rlhf_jax.lm import params as lm_params
 from rlhf_jax.simulation import labelers
 from rlhf_jax.train import reward_model
 from rlhf_jax.train import state as state_lib
@@ -159,7 +160,7 @@ def pretrain_preference_model(job: jobs.Job, settings: RewardSettings, policy: t
 def extend_embeddings(params: types.Params, key: jax.Array, cfg: lm.LMConfig) -> types.Params:
     """Adds newly initialised rows for the token ids and positions that only ``cfg`` has."""
     drawn = ("embed/", "unembed/")  # the layers of a large model need not be drawn
-    fresh = lm.params.draw(key, {name: spec for name, spec in lm.params.table(cfg).items() if name.startswith(drawn)})
+    fresh = lm_params.draw(key, {name: spec for name, spec in lm_params.table(cfg).items() if name.startswith(drawn)})
     n = params["embed"]["tokens"].shape[0]
     embed = {name: jnp.concatenate([rows, fresh["embed"][name][len(rows) :]]) for name, rows in params["embed"].items()}
     extended = {**params, "embed": embed}

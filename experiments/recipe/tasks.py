@@ -68,10 +68,11 @@ class PromptSet:
 def concatenate(sets: Sequence[PromptSet]) -> PromptSet:
     """Returns the prompts of all sets; prompts of different sets have different ``asked_B``."""
     first_S = np.cumsum([0, *(int(each.asked_B.max(initial=-1)) + 1 for each in sets)])
-    joined = [np.concatenate(parts) for parts in zip(*((each.tokens_BP, each.mask_BP) for each in sets))]
+    tokens_BP, mask_BP = (np.concatenate(parts) for parts in zip(*((each.tokens_BP, each.mask_BP) for each in sets)))
     words = [each.words_BP for each in sets]
     return PromptSet(
-        *joined,
+        tokens_BP,
+        mask_BP,
         [text for each in sets for text in each.texts],
         [category for each in sets for category in each.categories],
         np.concatenate([each.asked_B + first for each, first in zip(sets, first_S)]),

@@ -115,7 +115,8 @@ def test_the_gold_utility_reads_the_last_turn_only():
             width = max(prompts.PROMPT_WIDTH, len(ids))
             prompt = np.pad(np.array(ids), (width - len(ids), 0), constant_values=lexicon.PAD_ID)
             padded, mask = np.pad(np.array(answer), (0, T - len(answer))), np.arange(T) < len(answer)
-            values.append(float(gold.utility(tables, prompt, padded, mask).total))
+            arrays: Any = (prompt, padded, mask)
+            values.append(float(gold.utility(tables, *arrays).total))
         assert values[0] == values[1] > 0
 
 

@@ -25,7 +25,8 @@ def rows(n=3, K=4, L=6):
     rng = np.random.default_rng(0)
     tokens_BKL = rng.integers(4, 9, size=(n, K, L)).astype(np.int32)
     ranks_BK = np.tile(np.arange(1, K + 1, dtype=np.int32), (n, 1))
-    return types.Comparisons(tokens_BKL, tokens_BKL > 0, ranks_BK, np.ones((n, K), bool))
+    arrays: Any = (tokens_BKL, tokens_BKL > 0, ranks_BK, np.ones((n, K), bool))
+    return types.Comparisons(*arrays)
 
 
 def sampled(n, L=6):
@@ -43,7 +44,7 @@ def test_the_targets_of_judged_pairs_are_the_probabilities_of_the_preferred_answ
     np.testing.assert_allclose(joined.loss_inputs["target"], [1, 1, 1, 0.9, 0.8, 0.5], rtol=1e-6)
     assert joined.ranks_BK[3:, :2].tolist() == [[1, 2], [2, 1], [1, 2]]
     assert joined.where_BK[3:].tolist() == [[True, True, False, False]] * 3
-    scores_K = np.array([0.3, -0.4, 9.0, 9.0])
+    scores_K: Any = np.array([0.3, -0.4, 9.0, 9.0])
     for b, p in ((3, 0.9), (4, 0.2), (5, 0.5)):
         given = {"where_K": joined.where_BK[b], "target": joined.loss_inputs["target"][b]}
         loss = losses.ranking(scores_K, joined.ranks_BK[b], **given)

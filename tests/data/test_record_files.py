@@ -117,7 +117,7 @@ def test_files_that_are_damaged_or_are_something_else_are_refused(tmp_path):
 
 
 def test_the_first_record_says_what_the_file_is_made_from(tmp_path):
-    from array_record.python import array_record_module
+    from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
     record_file.write(tmp_path / "file", HEADER, numbers, n=2, per_part=3)
     reader = array_record_module.ArrayRecordReader(str(tmp_path / "file"))

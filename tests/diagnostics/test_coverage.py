@@ -119,7 +119,7 @@ def evaluated(rng, clusters, n, icc, few):
     options: Any = {"cluster_B": cluster_B, "category_B": category_B, "icc": icc, "shared": shared}
     sft, again = (simulate_answers(rng, skill=0.6, **options) for _ in range(2))
     policy = simulate_answers(rng, skill=0.75, **options)
-    found = evaluation.numbers(held_out, policy, few=few)
+    found = evaluation.numbers(held_out, policy)
     found |= evaluation.against_sft(policy, sft, cluster_B, POOLS, labeler_temperature=0.2)  # type: ignore
     found |= {"null_check": evaluation.win_rate(again, sft, cluster_B)}
     found |= reward_diagnosis.goodhart(sft, policy, cluster_B)

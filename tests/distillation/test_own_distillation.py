@@ -133,7 +133,7 @@ def test_the_file_has_the_teachers_log_probabilities_after_the_prompt(given, pro
 
 
 def test_half_of_the_rows_are_text_after_the_start_of_a_user_turn(given, prompted_run):
-    fmt = initial_model.load(str(given / "student")).fmt
+    fmt: Any = initial_model.load(str(given / "student")).fmt
     lessons = teacher_stage.Lessons(prompted_run / teacher_stage.NAME, pad_id=fmt.pad_id)
     shown = [fmt.tokenizer.decode(row[mask]) for row, mask in zip(*_rows(lessons, range(128)))]
     is_text = ["Do you" not in each for each in shown]
@@ -188,7 +188,7 @@ def _rows(lessons, indices):
 def test_the_loss_of_a_student_that_equals_the_teacher_and_reads_the_prompt_is_0(given):
     model = initial_model.load(str(given / "student"))
     tokens = np.arange(24, dtype=np.int32).reshape(2, 12) + 5
-    mask = np.arange(12) < np.array([[12], [9]])
+    mask: Any = np.arange(12) < np.array([[12], [9]])
     batch = types.TokenBatch(np.where(mask, tokens, 0), mask, mask)
     for prompt, keep_first in (([], False), ([7, 8, 9], False), ([7, 8, 9], True)):
         top = teacher_stage.make_top_k(model.cfg, prompt, k=6, keep_first=keep_first)(model.params, batch)

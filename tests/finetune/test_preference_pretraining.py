@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import jax
 import key_uses
@@ -37,7 +38,7 @@ def files(tmp_path_factory) -> dict[str, pathlib.Path]:
     """Human comparisons, and a crowd's, which include them; one of the crowd's is a ranking of three answers."""
     folder = tmp_path_factory.mktemp("pmp_files")
     human = records(WORDS, WORDS)
-    crowd = human + records(WORDS[:4], WORDS, "Shall we buy {} or {}?")
+    crowd: list[Any] = human + records(WORDS[:4], WORDS, "Shall we buy {} or {}?")
     crowd.append({"prompt": "Well?", "responses": ["I like it.", "Maybe so.", "No, I hate it."], "ranks": [1, 2, 3]})
     for name, rows in (("human", human), ("crowd", crowd)):
         (folder / name).with_suffix(".jsonl").write_text("\n".join(map(json.dumps, rows)))

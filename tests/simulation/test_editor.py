@@ -1,5 +1,7 @@
 """The simulated editor and judge of harmlessness."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from scipy import special, stats
@@ -12,7 +14,8 @@ TABLES = gold.make_tables(world.make_world(seed=0))
 
 
 def revisions(reply, *, prompt=PROMPT, rounds=4, critique=True, **options):
-    simulated = editor.SimulatedEditor(**({"miss": 0.0, "fail": 0.0} | options))
+    mistakes: Any = {"miss": 0.0, "fail": 0.0} | options
+    simulated = editor.SimulatedEditor(**mistakes)
     found = feedback.revise(
         [prompt],
         [reply],
@@ -55,7 +58,8 @@ def test_a_benign_prompt_has_no_flaws():
 
 @pytest.mark.parametrize("mistake", ["miss", "fail"])
 def test_an_editor_who_always_errs_changes_nothing(mistake):
-    assert revisions(HARM, **{mistake: 1.0}).responses == (HARM,) * 5
+    options: Any = {mistake: 1.0}
+    assert revisions(HARM, **options).responses == (HARM,) * 5
 
 
 def test_an_editor_who_fails_once_may_succeed_in_another_round():

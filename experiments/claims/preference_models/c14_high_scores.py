@@ -56,7 +56,7 @@ def test(
     noise = jnp.float32(compared[1]["labeler_temperature"])
     judges = trial.task.world.pool.replace(temperature=noise)  # type: ignore[attr-defined]
     i, j = np.triu_indices(PAIRED, k=1)
-    features = pool["features"]
+    features: Any = pool["features"]
     share_PM = np.asarray(labelers.choice_share(judges, features[:, i], features[:, j]))
     scores_PN = scores_PN - scores_PN.mean()
     different_PM = np.where(pool["mask"], pool["tokens"], -1)[:, i] != np.where(pool["mask"], pool["tokens"], -1)[:, j]
@@ -85,7 +85,7 @@ def accuracy_above(
 def decide(measured_S: Sequence[Measured]) -> list[verdicts.Part]:
     """Computes the rank correlation of threshold and accuracy, averaged over the sizes."""
     correlation_S = [
-        np.mean([stats.spearmanr(each["threshold"], each["accuracy"]).statistic for each in measured.values()])
+        np.mean([stats.spearmanr(each["threshold"], each["accuracy"]).statistic for each in measured.values()])  # pyright: ignore[reportAttributeAccessIssue]
         for measured in measured_S
     ]
     return [verdicts.below("rank correlation of threshold and accuracy", correlation_S)]

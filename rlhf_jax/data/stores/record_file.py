@@ -187,7 +187,7 @@ def _parsed(record: bytes) -> dict[str, Any]:
 
 def _module() -> Any:
     try:
-        from array_record.python import array_record_module
+        from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
     except ImportError as error:
         raise errors.DataError(
             "files of records need array_record, which is available for Linux and macOS; install it with "
