@@ -80,7 +80,16 @@ class Endpoint:
         """Yields the texts that the model writes, as they arrive, for `feedback.revise`.
 
         Failures are tried again, as for questions. Include ``max_tokens`` and ``temperature``, if they are changed, in
-        the name that is passed to `feedback.revise`. The server samples each text anew, whatever ``sample`` is.
+        the name that is passed to `feedback.revise`.
+
+        Args:
+            requests: The requests, each of which is a user turn.
+            max_tokens: Maximum number of tokens of a text.
+            temperature: Sampling temperature.
+            sample: Not used, because the server samples each text anew.
+
+        Returns:
+            The index of each request with its text, or with the error that prevented one.
         """
         del sample
 

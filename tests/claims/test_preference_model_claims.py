@@ -91,7 +91,7 @@ def test_earlier_turns_are_between_the_padding_and_the_prompt():
     mask_BKL = tokens_BKL > 0
     earlier = [np.array([11, 12]), np.array([13])]
     tokens, mask = c12_turns.prepend(tokens_BKL, mask_BKL, earlier, np.array([0, 2]), np.random.default_rng(0), width=8)
-    np.testing.assert_array_equal(tokens[0], np.pad(tokens_BKL[0], ((0, 0), (4, 0))))
+    np.testing.assert_array_equal(tokens[0], np.pad(tokens_BKL[0], ((0, 0), (4, 0))))  # type: ignore[arg-type, call-overload]
     drawn = np.concatenate([earlier[i] for i in np.random.default_rng(0).integers(2, size=2)])
     for k in range(2):
         expected = [*drawn, *tokens_BKL[1, k][mask_BKL[1, k]]]

@@ -35,25 +35,28 @@ from rlhf_jax.train import state as state_lib
 from rlhf_jax.train.optim import schedules
 
 PROMPTS = 1000
-"""Training prompts of each task."""
+"""Training prompts of the ranked task."""
+PAIRS = 8000
+"""Training prompts of the binary task, each with one pair."""
 TESTED = 1000
 """Held-out prompts of the binary task."""
 EPOCHS = 2
 """Passes of imitation over the better answers."""
 BATCH = 32
-RANKED_BATCH = 4
-"""Prompts per step of the preference model in the ranked task, each with up to nine answers."""
+RANKED_BATCH, BINARY_BATCH = 4, 16
+"""Prompts per step of the preference model in the ranked task, each with up to nine answers, and in the binary task."""
 TOLERANCE = 0.05
 _CHUNK = 512
 
 
 def measure(trial: Trial) -> Measured:
     """Returns the accuracy of both methods in both tasks."""
-    recipe, n = ms.Recipe(trial), 32 if trial.quick else PROMPTS
+    recipe = ms.Recipe(trial)
+    ranked, binary = (32, 32) if trial.quick else (PROMPTS, PAIRS)
     pool = sample_pool.pool(trial, recipe)
     return {
-        "ranked": trial.result(ranked_task, recipe.start, recipe.compared, pool, prompts=n).value,
-        "binary": trial.result(binary_task, recipe.start, prompts=n).value,
+        "ranked": trial.result(ranked_task, recipe.start, recipe.compared, pool, prompts=ranked).value,
+        "binary": trial.result(binary_task, recipe.start, prompts=binary).value,
     }
 
 
@@ -85,7 +88,8 @@ def binary_task(trial: Trial, start: types.Params, *, prompts: int) -> dict[str,
     train, test = (right_and_wrong(trial, n, held_out=held_out) for held_out, n in ((False, prompts), (True, TESTED)))
     imitator = imitate(trial, start, train[0][:, 0], train[1][:, 0])
     rows = pair_stages.comparisons(*train, np.zeros(len(train[0]), int))
-    model = pair_stages.train(trial, start, rows, rate=trial.settings.reward_model.learning_rate, stream=30)
+    rate = trial.settings.reward_model.learning_rate
+    model = pair_stages.train(trial, start, rows, rate=rate, batch=BINARY_BATCH, stream=30)
     scores = {
         "imitation": mean_logprobs(trial, imitator, *test),
         "preference model": pair_stages.scores(trial, model, *test),
