@@ -216,13 +216,7 @@ def test_a_request_is_padded_to_the_same_width_whatever_is_written_with_it(monke
     monkeypatch.setattr(generation, "generate", generate)
     cfg: Any = None
     options = {"encode": lambda text: [1] * len(text), "decode": lambda ids: str(ids[0]), "width_multiple": 8}
-<<<<<<< HEAD
     writer = feedback.ModelWriter({}, cfg=cfg, sampling=generation.Sampling(max_new_tokens=1), batch=3, **options)
-=======
-    writer = feedback.ModelWriter(
-        {}, cfg=lm.LMConfig.preset("tiny"), sampling=generation.Sampling(max_new_tokens=1), batch=3, **options
-    )
->>>>>>> wt_fixcai
     requests = ["x" * length for length in (3, 20, 8, 9, 5, 1, 16)]
     whole = {requests[i]: text.text for i, text in writer(requests)}
     assert whole == {text: str(-(-len(text) // 8) * 8) for text in requests}
