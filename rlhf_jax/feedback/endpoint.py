@@ -79,8 +79,17 @@ class Endpoint:
     ) -> Iterator[tuple[int, Text | Exception]]:
         """Yields the texts that the model writes, as they arrive, for `feedback.revise`.
 
-        Failures are tried again, as for questions. Include ``max_tokens`` and ``temperature``, if they are changed, in
-        the name that is passed to `feedback.revise`. The server samples each text anew, whatever ``sample`` is.
+        Failures are tried again, as for questions.
+
+        Args:
+            requests: The requests.
+            max_tokens: Maximum number of tokens of a text. Include it, if it is changed, in the name that is passed to
+                `feedback.revise`.
+            temperature: Temperature of the samples. Include it in the name, too.
+            sample: Not used: the server samples each text anew.
+
+        Returns:
+            An iterator over the index of each request with its text, or with the error that prevented one.
         """
         del sample
 

@@ -1,5 +1,7 @@
 """Critiques and revisions: the requests, the rounds, the stored texts, the budget, and a model that writes."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -208,13 +210,13 @@ def test_a_request_is_padded_to_the_same_width_whatever_is_written_with_it(monke
         width_B1 = np.full((len(tokens_BP), 1), tokens_BP.shape[1])
         none = np.zeros(len(tokens_BP), int)
         tokens_BL = jax.numpy.concatenate([tokens_BP, width_B1], axis=1)
-        return types.Rollout(tokens_BL, tokens_BL > 0, width_B1 > 0, width_B1 * 0.0, none + 1, none)
+        arrays: Any = (tokens_BL, tokens_BL > 0, width_B1 > 0, width_B1 * 0.0, none + 1, none)
+        return types.Rollout(*arrays)
 
     monkeypatch.setattr(generation, "generate", generate)
-    options = {"encode": lambda text: [1] * len(text), "decode": lambda ids: str(ids[0]), "width_multiple": 8}
-    writer = feedback.ModelWriter(
-        {}, cfg=lm.LMConfig.preset("tiny"), sampling=generation.Sampling(max_new_tokens=1), batch=3, **options
-    )
+    options: Any = {"encode": lambda text: [1] * len(text), "decode": lambda ids: str(ids[0]), "width_multiple": 8}
+    options |= {"cfg": lm.LMConfig.preset("tiny"), "sampling": generation.Sampling(max_new_tokens=1), "batch": 3}
+    writer = feedback.ModelWriter({}, **options)
     requests = ["x" * length for length in (3, 20, 8, 9, 5, 1, 16)]
     whole = {requests[i]: text.text for i, text in writer(requests)}
     assert whole == {text: str(-(-len(text) // 8) * 8) for text in requests}
