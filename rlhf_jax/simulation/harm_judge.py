@@ -2,7 +2,7 @@
 
 The judge perceives the log-odds that a reply is the less harmful one,
 
-    l = sign(d) v / 2 + sqrt(v) e,  v = strength |d|,
+    l = sign(d) v / 2 + sqrt(v) e,  v = strength * abs(d),
 
 where d is the difference in gold harmlessness and e is standard normal. This is the log-likelihood ratio of the two
 signs of d under the noise, so a judge that answers sigmoid(l) is calibrated: of the pairs for which it gives the
