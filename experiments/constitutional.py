@@ -1,6 +1,6 @@
 """Trains a harmless policy with feedback of a model instead of people (Bai et al. 2022, Constitutional AI).
 
-    python experiments/constitutional.py                           about 6 minutes on two CPU cores
+    python experiments/constitutional.py                           at most 11 minutes on two CPU cores
     python experiments/constitutional.py --preset smoke            all stages in a minute, too short to learn much
     python experiments/constitutional.py --judge.labels hard       train on the judge's choices, not its probabilities
     python experiments/constitutional.py --resume runs/NAME        resume an interrupted run

@@ -1,6 +1,6 @@
 """Iterated online RLHF for helpfulness and harmlessness in the built-in world (Bai et al. 2022, HH).
 
-    python experiments/hh.py                                      three rounds, about 8 minutes on two CPU cores
+    python experiments/hh.py                                      three rounds
     python experiments/hh.py --preset smoke                       all stages in about a minute, too short to learn much
     python experiments/hh.py --online.sets base online online     other comparison sets
     python experiments/hh.py --pm.harmless-weight 3               lambda-weighted harmlessness loss (HH 5.1.2)

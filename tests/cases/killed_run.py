@@ -20,12 +20,13 @@ def _command(script: str, *arguments: Any) -> list[str]:
     return [sys.executable, str(ROOT / "experiments" / script), *map(str, arguments)]
 
 
-def run(script: str, *arguments: Any) -> None:
-    """Runs a command to its end."""
+def run(script: str, *arguments: Any) -> str:
+    """Runs a command to its end and returns what it prints."""
     done = subprocess.run(
         _command(script, *arguments), capture_output=True, text=True, env=ENVIRONMENT, check=False, timeout=900
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def run_and_kill(script: str, *arguments: Any, folder: pathlib.Path, when: Callable[[pathlib.Path], bool]) -> None:

@@ -1,10 +1,11 @@
 """The claims about DPO, PPO and their comparison are decided by the stated effects."""
 
+import claim_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from claims import catalogue, verdicts
+from claims import catalogue
 from claims.direct_alignment import (
     c39_dpo_frontier,
     c40_unseen_answers,
@@ -18,8 +19,6 @@ from claims.policy_optimisation import (
     c43c_lambda_and_rloo,
 )
 from preferences import bandit_study
-
-SEEDS = 5
 
 
 def c34(rng, effect):
@@ -123,19 +122,12 @@ CASES = {
 def test_a_claim_is_shown_with_the_stated_effect_and_refuted_with_the_reverse(name):
     module, simulate = CASES[name]
     assert module.CLAIM.id == name
-    rng = np.random.default_rng(0)
-    for effect, verdict in ((1, "shown"), (-1, "refuted")):
-        measured_S = [simulate(rng, effect) for _ in range(SEEDS)]
-        assert verdicts.overall(module.decide(measured_S)) == verdict
-        assert module.plot(measured_S).startswith("<svg")
+    claim_cases.check_effects(module, simulate)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_claim_is_rarely_shown_without_an_effect(name):
-    module, simulate = CASES[name]
-    rng = np.random.default_rng(1)
-    shown = [verdicts.overall(module.decide([simulate(rng, 0) for _ in range(SEEDS)])) == "shown" for _ in range(200)]
-    assert np.mean(shown) <= 0.05
+    claim_cases.check_noise(*CASES[name])
 
 
 def test_gold_utility_is_compared_at_equal_kl():

@@ -1,9 +1,10 @@
 """The claims about helpfulness and harmlessness are decided by the stated effects."""
 
+import claim_cases
 import numpy as np
 import pytest
 from claims import model_stages as ms
-from claims import trial, verdicts
+from claims import trial
 from claims.helpful_harmless import (
     c19_tension,
     c20_loss_weight,
@@ -15,8 +16,6 @@ from claims.helpful_harmless import (
 from online import rounds
 
 from rlhf_jax.simulation import lexicon
-
-SEEDS = 5
 
 
 def c19(rng, effect):
@@ -112,19 +111,12 @@ CASES = {
 def test_a_claim_is_shown_with_the_stated_effect_and_refuted_with_the_reverse(name):
     module, simulate = CASES[name]
     assert module.CLAIM.id == name
-    rng = np.random.default_rng(0)
-    for effect, verdict in ((1, "shown"), (-1, "refuted")):
-        measured_S = [simulate(rng, effect) for _ in range(SEEDS)]
-        assert verdicts.overall(module.decide(measured_S)) == verdict
-        assert module.plot(measured_S).startswith("<svg")
+    claim_cases.check_effects(module, simulate)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_claim_is_rarely_shown_without_an_effect(name):
-    module, simulate = CASES[name]
-    rng = np.random.default_rng(1)
-    shown = [verdicts.overall(module.decide([simulate(rng, 0) for _ in range(SEEDS)])) == "shown" for _ in range(200)]
-    assert np.mean(shown) <= 0.05
+    claim_cases.check_noise(*CASES[name])
 
 
 def test_saturation_is_where_nine_tenths_of_the_gain_are_reached():

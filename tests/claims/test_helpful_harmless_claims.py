@@ -2,9 +2,10 @@
 
 import dataclasses
 
+import claim_cases
 import numpy as np
 import pytest
-from claims import model_stages, verdicts
+from claims import model_stages
 from claims.helpful_harmless import c23_size_and_skills, c24_unusual_prompts, c26_narrower_distribution
 from claims.overoptimisation import c48_ensemble_penalty
 
@@ -50,27 +51,20 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize(("effect", "verdict"), [(1, "shown"), (-1, "refuted")])
-def test_an_effect_is_shown_and_the_reverse_refuted(name, effect, verdict):
-    module, make = CASES[name]
-    rng = np.random.default_rng(0)
-    parts = module.decide([make(rng, effect) for _ in range(5)])
-    assert {part.verdict for part in parts} == {verdict}, parts
+def test_a_claim_is_shown_with_the_stated_effect_and_refuted_with_the_reverse(name):
+    module, simulate = CASES[name]
     assert module.CLAIM.id == name
+    claim_cases.check_effects(module, simulate)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_noise_is_rarely_shown(name):
-    module, make = CASES[name]
-    rng = np.random.default_rng(1)
-    shown = [verdicts.overall(module.decide([make(rng, 0) for _ in range(5)])) == "shown" for _ in range(200)]
-    assert np.mean(shown) <= 0.05
+def test_a_claim_is_rarely_shown_without_an_effect(name):
+    claim_cases.check_noise(*CASES[name])
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_measurements_are_drawn_and_the_claim_is_described(name):
-    module, make = CASES[name]
-    assert module.plot([make(np.random.default_rng(2), 1) for _ in range(2)]).startswith("<svg")
+def test_the_claim_is_described(name):
+    module, _ = CASES[name]
     assert all(getattr(module.CLAIM, each.name) for each in dataclasses.fields(module.CLAIM) if each.name != "changes")
 
 

@@ -3,10 +3,10 @@
 import types as types_lib
 from typing import Any
 
+import claim_cases
 import jax
 import numpy as np
 import pytest
-from claims import verdicts
 from claims.preference_models import (
     c12_turns,
     c13_calibration,
@@ -18,8 +18,6 @@ from claims.preference_models import (
 
 from rlhf_jax.simulation import gold, labelers, lexicon, prompts
 from rlhf_jax.simulation import world as world_lib
-
-SEEDS = 5
 
 
 def c12(rng, effect):
@@ -71,19 +69,12 @@ CASES: dict[str, Any] = {
 def test_a_claim_is_shown_with_the_stated_effect_and_refuted_with_the_reverse(name):
     module, simulate = CASES[name]
     assert module.CLAIM.id == name
-    rng = np.random.default_rng(0)
-    for effect, verdict in ((1, "shown"), (-1, "refuted")):
-        measured_S = [simulate(rng, effect) for _ in range(SEEDS)]
-        assert verdicts.overall(module.decide(measured_S)) == verdict
-        assert module.plot(measured_S).startswith("<svg")
+    claim_cases.check_effects(module, simulate)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_claim_is_rarely_shown_without_an_effect(name):
-    module, simulate = CASES[name]
-    rng = np.random.default_rng(1)
-    shown = [verdicts.overall(module.decide([simulate(rng, 0) for _ in range(SEEDS)])) == "shown" for _ in range(200)]
-    assert np.mean(shown) <= 0.05
+    claim_cases.check_noise(*CASES[name])
 
 
 def test_earlier_turns_are_between_the_padding_and_the_prompt():

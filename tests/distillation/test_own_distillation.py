@@ -60,7 +60,7 @@ def given(tmp_path_factory):
     save_model(folder / "student", fmt, 0, d_mlp=32)
     save_model(folder / "teacher", fmt, 1, d_mlp=64)
     other = chat.chat_format(tokenizers.train_bpe(["something else entirely " * 3], vocab_size=290))
-    save_model(folder / "stranger", other, 2, d_mlp=32)
+    save_model(folder / "other_tokenizer", other, 2, d_mlp=32)
     return folder
 
 
@@ -250,7 +250,7 @@ def test_students_share_the_file_of_a_teacher(given, shared_file, tmp_path):
         (("model", "teacher"), {"teacher": "student"}, (), "was made with another --teacher"),
         (("model", "data.path"), {"data.path": "text.txt"}, (), "was made with another --data.path"),
         (("model", "data.pretraining"), {}, (), "was made with another --data.pretraining"),
-        (("model",), {"model": "stranger"}, (), "was made with another tokenizer than that of --model"),
+        (("model",), {"model": "other_tokenizer"}, (), "was made with another tokenizer than that of --model"),
         (("model",), {}, ("--k", 50), "was made with --k 6 instead of 50"),
         (("model",), {}, ("--mix", 0.5), "was made with --mix 0 instead of 0.5"),
         (("model",), {}, ("--data.held-out", 0.05), "was made with --data.held-out 0.1 instead of 0.05"),
@@ -344,7 +344,7 @@ def test_flags_that_are_missing_or_have_no_effect_are_named(given, tmp_path):
 def test_models_with_different_tokenizers_and_sizes_that_do_not_fit_are_refused(given, tmp_path):
     out = ("--out", tmp_path / "run")
     for names, changed, extra, message in (
-        (("model", "teacher", "data.path"), {"teacher": given / "stranger"}, (), "have different tokenizers"),
+        (("model", "teacher", "data.path"), {"teacher": given / "other_tokenizer"}, (), "have different tokenizers"),
         (("model", "prompt", "data.path"), {}, ("--k", 4000), r"--k is 4000; it must be at most \d+, the size"),
         (("model", "prompt", "data.path"), {}, ("--data.width", 99999), "--data.width is 99999; it must be at most"),
         (("model", "prompt", "data.path"), {"prompt": "milk " * 9000}, (), "--prompt has .* tokens, which leave no"),

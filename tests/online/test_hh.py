@@ -1,17 +1,11 @@
 """Labels of the two domains, rounds of online RLHF, and hh.py, which resumes bit-identically after a kill."""
 
 import dataclasses
-import json
-import os
-import pathlib
-import signal
-import subprocess
-import sys
-import time
 from typing import Any
 
 import hh
 import jax
+import killed_run
 import numpy as np
 import pytest
 from launch.settings import SettingError
@@ -20,7 +14,6 @@ from online import comparison_sets, domains, policies, preference_models, rounds
 from rlhf_jax import types
 from rlhf_jax.simulation import labelers
 
-ROOT = pathlib.Path(__file__).parents[2]
 HARMLESS, CORRECT = (labelers.FEATURES.index(name) for name in ("harmless", "correct"))
 
 
@@ -155,49 +148,17 @@ TINY = {
     "evaluation.prompts": 64, "online.pairs": 32, "online.held-out": 24, "online.rejection": 2, "pm.batch": 8,
 }  # fmt: skip
 ARGUMENTS = ["--preset", "smoke", *(text for name, value in TINY.items() for text in (f"--{name}", str(value)))]
-ENVIRONMENT = os.environ | {"COLUMNS": "200", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'experiments'}"}
-
-
-def command(*arguments):
-    return [sys.executable, str(ROOT / "experiments" / "hh.py"), *map(str, arguments)]
-
-
-def run(*arguments):
-    return subprocess.run(command(*arguments), capture_output=True, text=True, env=ENVIRONMENT, check=False)
-
-
-def run_and_kill(folder, stage):
-    """Starts the run and kills it (SIGKILL) when a stage has logged its first step or saved its first checkpoint."""
-    job = subprocess.Popen(
-        command("--out", folder, *ARGUMENTS), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT
-    )
-    deadline = time.time() + 600
-    while time.time() < deadline and job.poll() is None:
-        log, saved = folder / "metrics.jsonl", folder / "checkpoints" / stage
-        if (log.exists() and f'"stage": "{stage}"' in log.read_text()) or (saved.exists() and any(saved.iterdir())):
-            job.send_signal(signal.SIGKILL)
-            break
-        time.sleep(0.02)
-    assert job.wait(timeout=60) == -signal.SIGKILL
-    assert not (folder / "results.json").exists()
-
-
-def results_of(folder):
-    results = json.loads((folder / "results.json").read_text())
-    return {name: value for name, value in results.items() if name not in ("seconds", "peak_rss_mb")}
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "run"
-    done = run("--out", folder, *ARGUMENTS)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder, done
+    return folder, killed_run.run("hh.py", "--out", folder, *ARGUMENTS)
 
 
 def test_results_have_every_policy_set_and_preference_model(finished):
-    folder, done = finished
-    results = results_of(folder)
+    folder, printed = finished
+    results = killed_run.results_of(folder)
     names = [rounds.START, "round 1", "round 2", "round 3", rounds.STATIC]
     assert list(results["policies"]) == names
     for criterion in ("helpful", "harmless", "overall"):
@@ -210,7 +171,7 @@ def test_results_have_every_policy_set_and_preference_model(finished):
     assert len({each["labeler_temperature"] for each in results["sets"]}) == 1, "labelers are the same in all rounds"
     assert results["static_pairs"] <= sum(each["pairs"] for each in results["sets"])
     assert list(results["preference_models"]) == names[1:]
-    assert "Elo of the last round's policy" in done.stdout
+    assert "Elo of the last round's policy" in printed
     for name in ("policy", "preference_model", "sft_mix"):
         assert (folder / name / "model.safetensors").exists()
     assert "</svg>" in (folder / "report.html").read_text()
@@ -225,10 +186,9 @@ def test_results_have_every_policy_set_and_preference_model(finished):
 def test_a_run_killed_in_any_round_resumes_bit_identically(finished, tmp_path, stage):
     folder, _ = finished
     killed = tmp_path / "run"
-    run_and_kill(killed, stage)
-    done = run("--resume", killed)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert results_of(killed) == results_of(folder)
+    killed_run.run_and_kill("hh.py", *ARGUMENTS, folder=killed, when=killed_run.in_stage(stage))
+    killed_run.run("hh.py", "--resume", killed)
+    assert killed_run.results_of(killed) == killed_run.results_of(folder)
     assert (killed / "metrics.jsonl").read_text() == (folder / "metrics.jsonl").read_text()
     weights = [(each / "policy" / "model.safetensors").read_bytes() for each in (killed, folder)]
     assert weights[0] == weights[1]

@@ -63,7 +63,7 @@ def label(trial: Trial, start: types.Params, *, pairs: int, crowd: int) -> dict[
     assert world is not None
     prompts = tasks.more_prompts(trial.settings, trial.task, 2 * (pairs + crowd))  # some get equal answers
     sampled = pair_stages.sample_pairs(trial, start, prompts, pairs=pairs + crowd, stream=2810)
-    strangers = labelers.make_pool(
+    crowd_pool = labelers.make_pool(
         jax.random.fold_in(trial.key("comparisons"), 2801),
         settings.labelers,
         spread=2 * settings.spread,
@@ -75,7 +75,7 @@ def label(trial: Trial, start: types.Params, *, pairs: int, crowd: int) -> dict[
     for stream, (name, pool, agreement, part) in enumerate(
         (
             ("labelers", world.pool, settings.agreement, slice(pairs)),
-            ("crowd", strangers, CROWD_AGREEMENT, slice(pairs, None)),
+            ("crowd", crowd_pool, CROWD_AGREEMENT, slice(pairs, None)),
         )
     ):
         key = jax.random.fold_in(trial.key("comparisons"), 2802 + stream)
