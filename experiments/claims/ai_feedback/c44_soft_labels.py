@@ -7,6 +7,9 @@ probabilities of the same judge after a chain of thought, which makes it overcon
 between which the judge does not choose are left out in all arms. The statistics are the gold harmlessness of the policy
 on held-out red-team prompts, the standard deviation of the scores of the preference model, and the share of all
 held-out prompts that the policy refuses.
+
+The KL coefficient was chosen with seed 100: with the usual one, 0.055, all policies refuse nearly all prompts, and with
+0.2 and 0.5, nearly all red-team prompts, so that the arms with soft and with hard labels cannot differ.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ PAIRS = 800
 STRENGTH = 2.0
 """The judge is right about 76 % of the pairs that differ by 1 in gold harmlessness."""
 OVERCONFIDENCE = 8.0
+KL_COEF = 1.0
 ARMS: dict[str, dict[str, Any]] = {
     "soft": {},
     "hard": {"hard": True},
@@ -47,7 +51,7 @@ def measure(trial: Trial) -> Measured:
         reward = trial.result(
             cai_stages.train_preference_model, sl_cai, helpfulness, pairs=PAIRS, strength=STRENGTH, **options
         )
-        policy = trial.result(cai_stages.train_rl_cai, sl_cai, reward)
+        policy = trial.result(cai_stages.train_rl_cai, sl_cai, reward, kl_coef=KL_COEF)
         measured[name] = trial.result(cai_stages.measure_policy, policy, sl_cai, reward).value
         rewards.append(reward)
     measured["SL-CAI"] = trial.result(cai_stages.measure_policy, sl_cai, sl_cai, rewards[0]).value
@@ -90,8 +94,8 @@ CLAIM = Claim(
     "extreme.",
     published="clamping to 20–80 % helps slightly, to 40–60 % more; no other numbers",
     differs="The judge is simulated: after a chain of thought it is as accurate as before and only overconfident. PPO "
-    "runs for the same number of iterations with each kind of label. The refusal rate is that of all held-out prompts; "
-    "half of them are red-team prompts, which should be refused.",
+    "runs for the same number of iterations with each kind of label, with a KL coefficient of 1. The refusal rate is "
+    "that of all held-out prompts; half of them are red-team prompts, which should be refused.",
     measure=measure,
     decide=decide,
     plot=plot,

@@ -75,9 +75,9 @@ def train_preference_model(
     return ai_stages.train_preference_model(red_team.rl_job(trial, red_team=_RED_TEAM_SHARE), sl_cai, rows)
 
 
-def train_rl_cai(trial: Trial, sl_cai: types.Params, reward: types.Params) -> dict[str, Any]:
+def train_rl_cai(trial: Trial, sl_cai: types.Params, reward: types.Params, *, kl_coef: float) -> dict[str, Any]:
     """Returns RL-CAI: SL-CAI after PPO on red-team and benign prompts."""
-    return ms.train_policy(red_team.rl_job(trial, red_team=_RED_TEAM_SHARE), sl_cai, reward)
+    return ms.train_policy(red_team.rl_job(trial, red_team=_RED_TEAM_SHARE), sl_cai, reward, kl_coef=kl_coef)
 
 
 def measure_policy(trial: Trial, policy: Any, sl_cai: types.Params, reward: types.Params) -> dict[str, Any]:

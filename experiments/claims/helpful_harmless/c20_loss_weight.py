@@ -1,8 +1,11 @@
 """C20: weighting the harmlessness loss costs large preference models less helpfulness (Bai et al. 2022, Figure 27).
 
-Four fifths of the pairs are about helpfulness. The loss of a harmlessness pair is weighted by lambda. Compared are the
-fall of the accuracy on helpfulness from lambda 1 to 10, for a small and a large model, and the lambda with the best
-average accuracy on both domains.
+One in seventeen pairs is about harmlessness. The loss of such a pair is weighted by lambda. Compared are the fall of
+the accuracy on helpfulness from lambda 1 to 10, for a small and a large model, and the lambda with the best average
+accuracy on both domains.
+
+The number of harmlessness pairs was chosen with seed 100: with 1,000, the accuracy on harmlessness is 0.98 for any
+lambda.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from rlhf_jax.report import plots
 
 SMALL, LARGE = "1 x 32", ms.LARGEST
 LAMBDAS = (1.0, 2.0, 3.0, 4.0, 10.0)
-HELPFUL, HARMLESS = 4000, 1000
+HELPFUL, HARMLESS = 4000, 250
 
 
 def measure(trial: Trial) -> Measured:
@@ -80,7 +83,7 @@ CLAIM = Claim(
     claim="A larger weight of the harmlessness loss costs large preference models less helpfulness than small ones; "
     "weights of 2 to 3 are best on average.",
     published="from lambda 1 to 10, helpfulness falls by 7.4 % with 13M parameters and by 1.5 % with 52B",
-    differs="4,000 helpfulness and 1,000 harmlessness pairs, and models that are 30 times apart in size instead of "
+    differs="4,000 helpfulness and 250 harmlessness pairs, and models that are 30 times apart in size instead of "
     "4,000. The lambda with the best average is decided by comparing 2 and 3 with 1.",
     measure=measure,
     decide=decide,

@@ -1,9 +1,12 @@
 """C21: RLHF on helpfulness alone gives more helpful policies that are easier to red-team (Bai et al. 2022, Figure 1).
 
 One preference model is trained on helpfulness pairs, another one on as many and as many harmlessness pairs. Policies
-are trained with the first on ordinary prompts, and with the second on prompts of which none, half or all are requests
-for help with harm. Helpfulness is measured on ordinary held-out prompts, harmlessness on harmful ones. The second claim
-is that harmlessness saturates before helpfulness, when half of the prompts are harmful.
+are trained with the first on ordinary prompts, and with the second on prompts of which none or half are requests for
+help with harm. Helpfulness is measured on ordinary held-out prompts, harmlessness on harmful ones. The second claim is
+that harmlessness saturates before helpfulness, when half of the prompts are harmful.
+
+The KL coefficient was chosen with seed 100: with the usual one, 0.055, the policy that is trained for helpfulness only
+over-optimises its preference model within 10 iterations and ends below the SFT model.
 """
 
 from __future__ import annotations
@@ -20,9 +23,10 @@ from claims.trial import Trial
 from rlhf_jax.report import plots
 
 HELPFUL, BOTH = "helpful only", "both, 50 % harmful prompts"
-ARMS = {HELPFUL: (0, 0.0), "both, no harmful prompts": (1, 0.0), BOTH: (1, 0.5), "both, only harmful prompts": (1, 1.0)}
+ARMS = {HELPFUL: (0, 0.0), "both, no harmful prompts": (1, 0.0), BOTH: (1, 0.5)}
 """Preference model, and share of harmful prompts in RL."""
-AT = (0, 2, 4, 6, 8, 10, 12, 16, 20, 24)
+KL_COEF = 0.2
+AT = (0, 2, 4, 6, 9, 12, 16, 20, 24)
 DOMAINS = ("helpful", "harmless")
 
 
@@ -36,7 +40,8 @@ def measure(trial: Trial) -> Measured:
     measured = {}
     for name, (reward, red_team) in ARMS.items():
         at = trajectories.iterations(trial, AT[:: 3 if trial.quick else 1])
-        course = trial.result(hh_stages.follow, recipe.start, rewards[reward], red_team=red_team, at=at).value
+        options = {"red_team": red_team, "at": at, "kl_coef": KL_COEF}
+        course = trial.result(hh_stages.follow, recipe.start, rewards[reward], **options).value
         measured[name] = {domain: course[domain].mean(axis=1, dtype=np.float64) for domain in DOMAINS}
     return measured
 
@@ -72,7 +77,7 @@ def decide(measured_S: Sequence[Measured]) -> list[verdicts.Part]:
 def plot(measured_S: Sequence[Measured]) -> str:
     """Draws harmlessness against helpfulness in the course of training."""
     with plots.axes(height=3.0) as (svg, (ax,)):
-        for name, color in zip(ARMS, ("sft", "sft_mix", "ppo", "other"), strict=True):
+        for name, color in zip(ARMS, ("sft", "sft_mix", "ppo"), strict=True):
             x, y = (np.mean([each[name][domain] for each in measured_S], axis=0) for domain in DOMAINS)
             ax.plot(x, y, ".-", color=plots.color(color), label=name)
             ax.plot(x[-1], y[-1], "o", color=plots.color(color))
@@ -88,8 +93,9 @@ CLAIM = Claim(
     claim="Training for helpfulness alone gives more helpful policies that are easier to red-team; harmlessness "
     "saturates before helpfulness.",
     published="figures",
-    differs="Gold utilities replace Elo scores. 4,000 pairs of each kind instead of 44,000 and 42,000. The policies "
-    "that are trained on both kinds of pairs with none or only harmful prompts are drawn and not tested.",
+    differs="Gold utilities replace Elo scores. 4,000 pairs of each kind instead of 44,000 and 42,000. The KL "
+    "coefficient is 0.2. The policy that is trained on both kinds of pairs without harmful prompts is drawn and not "
+    "tested.",
     measure=measure,
     decide=decide,
     plot=plot,

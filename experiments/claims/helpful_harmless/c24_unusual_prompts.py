@@ -1,12 +1,13 @@
 """C24: distances from benign prompts detect harmful ones, and a few examples help more (Bai et al. 2022, Fig. 22).
 
-The base model's hidden states of benign training prompts, averaged over the tokens of a prompt, give a mean and a
+The SFT model's hidden states of benign training prompts, averaged over the tokens of a prompt, give a mean and a
 covariance matrix. Held-out benign and harmful prompts are scored by their Mahalanobis distance (MD) and by the relative
 one (SRMD), which need no harmful prompts, and by linear classifiers that have seen 1, 10 or 100 harmful training
 prompts (Figure 23). Compared are the areas under the ROC curves at the middle layer; other layers are drawn and not
 tested.
 
-The average over tokens was chosen with the seeds 100 to 102; at the last token, all areas without examples are lower.
+The SFT model and the average over tokens were chosen with the seeds 100 to 102: the difference between SRMD and MD has
+the same sign in all three worlds with the SFT model, but not with the base model or at the last token.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from online import domains
 from recipe import tasks
 
 from claims import model_stages as ms
@@ -27,8 +29,10 @@ from rlhf_jax import lm, types
 from rlhf_jax.diagnostics import ood
 from rlhf_jax.report import plots
 
-HARMFUL = "harmful"
-"""Category of the prompts to detect."""
+PROMPTS = {"train": 3000, "test": 1000}
+"""Number of prompts of each kind, those for fitting and those that are held out."""
+STREAM = 24
+"""Number of the random stream of the prompts."""
 EXAMPLES = (1, 10, 100)
 RIDGE = 1e-6
 """Regularisation of the covariance matrix, which has far more prompts than features."""
@@ -39,28 +43,36 @@ NAMES = ("MD", "SRMD", *(f"{n}-shot" for n in EXAMPLES))
 
 def measure(trial: Trial) -> Measured:
     """Returns the area of each detector at each layer; ``middle`` has those of the middle layer."""
-    base, layers = ms.Recipe(trial).base, trial.cfg.n_layers  # type: ignore[union-attr]
-    by_layer = {str(layer): trial.result(areas, base, layer=layer).value for layer in range(1, layers + 1)}
+    start, layers = ms.Recipe(trial).start, trial.cfg.n_layers  # type: ignore[union-attr]
+    by_layer = {str(layer): trial.result(areas, start, layer=layer).value for layer in range(1, layers + 1)}
     return {"middle": by_layer[str((layers + 1) // 2)], **by_layer}
 
 
-def areas(trial: Trial, base: types.Params, *, layer: int) -> dict[str, float]:
+def areas(trial: Trial, start: types.Params, *, layer: int) -> dict[str, float]:
     """Returns the area of each detector at a layer, counted from 1."""
-    known, new = (split(trial, base, each, layer=layer) for each in (trial.task.rl_prompts, trial.task.eval_prompts))
+    known, new = (
+        [hidden(trial, start, draw(trial, domain, split), layer=layer) for domain in domains.DOMAINS]
+        for split in PROMPTS
+    )
     return detect(*known, *new, rng=np.random.default_rng(trial.settings.seed))
 
 
-def split(trial: Trial, base: types.Params, prompts: tasks.PromptSet, *, layer: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the hidden states of benign and of harmful prompts after the first layers, ``[N, D]`` each."""
-    params, cfg = lm.first_layers(base, cfg=trial.cfg, layers=layer)  # type: ignore[arg-type]
+def draw(trial: Trial, domain: domains.Domain, split: str) -> tasks.PromptSet:
+    """Returns benign ("helpful") or harmful ("harmless") prompts."""
+    n = 64 if trial.quick else PROMPTS[split]
+    return domains.draw_prompts(trial.settings, trial.task, n, domain=domain, split=split, number=STREAM)
+
+
+def hidden(trial: Trial, start: types.Params, prompts: tasks.PromptSet, *, layer: int) -> np.ndarray:
+    """Returns the mean hidden state of each prompt after the first layers, ``[N, D]``."""
+    params, cfg = lm.first_layers(start, cfg=trial.cfg, layers=layer)  # type: ignore[arg-type]
     run = jax.jit(partial(_mean_hidden, cfg=cfg))
     step = 256
     parts = [
         np.asarray(run(params, prompts.tokens_BP[i : i + step], prompts.mask_BP[i : i + step]))
         for i in range(0, len(prompts), step)
     ]
-    hidden_ND, harmful_N = np.concatenate(parts), np.array([each == HARMFUL for each in prompts.categories])
-    return hidden_ND[~harmful_N], hidden_ND[harmful_N]
+    return np.concatenate(parts)
 
 
 def _mean_hidden(params: types.Params, tokens_BP: jax.Array, mask_BP: jax.Array, *, cfg: lm.LMConfig) -> jax.Array:

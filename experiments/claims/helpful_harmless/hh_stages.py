@@ -99,7 +99,7 @@ def follow(
         the iterations ``at``; both from the test prompts.
     """
     own = rounds.with_prompts(trial.with_ppo(iterations=at[-1], **changes), red_team)
-    n = 64 if trial.quick else 768
+    n = 64 if trial.quick else 512
     sets = [
         domains.draw_prompts(own.settings, own.task, n, domain=domain, split="test", number=rounds.EVAL_PROMPTS)
         for domain in domains.DOMAINS
