@@ -25,7 +25,7 @@ def c45(rng, effect):
 
     names = (c45_revisions.LARGE_CRITIQUE, "1 principles", "4 principles")
     return {name: arm(0.15 * effect, -0.1 * effect) for name in names} | {
-        c45_revisions.SMALL_CRITIQUE: arm(0.1 + 0.05 * effect, -0.1),
+        c45_revisions.SMALL_CRITIQUE: arm(0.1, -0.1),
         c45_revisions.SMALL_DIRECT: arm(0.1, -0.1),
     }
 

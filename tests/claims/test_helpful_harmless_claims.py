@@ -13,9 +13,9 @@ from claims.overoptimisation import c48_ensemble_penalty
 def size_and_skills(rng, effect):
     measured = {}
     for place, size in enumerate(c23_size_and_skills.SIZES):
-        before = 0.3 + 0.1 * place
-        fall = -0.1 + 0.03 * effect * place + 0.005 * rng.normal()
-        measured[size] = {"before": {"skill_accuracy": before}, "after": {"skill_accuracy": before + fall}}
+        before, rise = 1.3 - 0.1 * place, 0.1 - 0.03 * effect * place + 0.005 * rng.normal()
+        losses = {"before": before, "after": before + rise}
+        measured[size] = {name: {"pretraining_loss": loss, "skill_accuracy": 0.3} for name, loss in losses.items()}
     return measured
 
 
@@ -76,10 +76,10 @@ def test_temperatures_beyond_the_measured_range_are_named_in_the_plot():
     assert "beyond" not in c26_narrower_distribution.plot([measured])
 
 
-def test_the_slope_is_the_change_in_accuracy_for_each_doubling():
+def test_the_slope_is_the_change_in_log_probability_for_each_doubling():
     sizes = model_stages.LOG_SIZES
     measured = {
-        size: {"before": {"skill_accuracy": 0.5}, "after": {"skill_accuracy": 0.5 + 0.02 * (sizes[size] - 20)}}
+        size: {"before": {"pretraining_loss": 1.5}, "after": {"pretraining_loss": 1.5 - 0.02 * (sizes[size] - 20)}}
         for size in c23_size_and_skills.SIZES
     }
     assert c23_size_and_skills.slope(measured) == pytest.approx(0.02)

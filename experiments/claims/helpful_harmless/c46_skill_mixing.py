@@ -26,7 +26,7 @@ from rlhf_jax.report import plots
 from rlhf_jax.simulation import corpus, lexicon
 
 ARMS = {"helpfulness and harmlessness": (True, False), "skills": (False, True), "all": (True, True)}
-PAIRS, HELD_OUT = 4000, 1000
+PAIRS, HELD_OUT = 4000, 4000
 FLIPPED = 0.1
 """Share of wrong labels of the skill pairs in training."""
 

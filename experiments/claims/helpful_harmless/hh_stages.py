@@ -20,7 +20,7 @@ _STEPS: dict[Any, parallel.JitStep] = {}
 
 
 def collect(
-    trial: Trial, start: types.Params, *, helpful: int, harmless: int, held_out: int = 1000
+    trial: Trial, start: types.Params, *, helpful: int, harmless: int, held_out: int = 3000
 ) -> comparison_sets.Sets:
     """Returns labelled pairs of answers of the SFT model, in both domains.
 
