@@ -45,9 +45,10 @@ def parse(arguments: list[str]) -> HHSettings:
 
 
 def _adjust_preset(preset: Settings) -> Settings:
-    if preset.preset != "smoke":
-        return preset
-    changed = {name: dataclasses.replace(getattr(preset, name), **each) for name, each in hh_settings.SMOKE.items()}
+    changes = hh_settings.SMOKE if preset.preset == "smoke" else {}
+    if preset.published is None:
+        changes = changes | {"ppo": {"kl_coef": hh_settings.KL_COEF}}
+    changed = {name: dataclasses.replace(getattr(preset, name), **each) for name, each in changes.items()}
     return dataclasses.replace(preset, **changed)
 
 

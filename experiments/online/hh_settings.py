@@ -62,6 +62,8 @@ class HHSettings(settings_lib.Settings):
     pm: PreferenceModel = dataclasses.field(default_factory=PreferenceModel)
 
 
+KL_COEF = 0.01
+"""The KL coefficient unless a paper's settings are used. It is 0.001 in HH."""
 SMOKE: dict[str, dict[str, Any]] = {
     "online": {"pairs": 96, "rejection": 4, "held_out": 32},
     "pm": {"batch": 16},

@@ -208,3 +208,10 @@ def test_a_run_killed_in_any_round_resumes_bit_identically(finished, tmp_path, s
 def test_settings_that_do_not_fit_are_refused(arguments, message):
     with pytest.raises(SettingError, match=message):
         hh.parse(arguments)
+
+
+@pytest.mark.parametrize("preset", ["default", "smoke"])
+def test_the_kl_coefficient_is_small_unless_a_paper_or_a_flag_sets_it(preset):
+    assert hh.parse(["--preset", preset]).ppo.kl_coef == 0.01
+    assert hh.parse(["--preset", preset, "--ppo.kl-coef", "0.1"]).ppo.kl_coef == 0.1
+    assert hh.parse(["--preset", preset, "--published", "instructgpt"]).ppo.kl_coef == 0.02

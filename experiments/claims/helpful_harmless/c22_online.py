@@ -28,7 +28,6 @@ from rlhf_jax import types
 from rlhf_jax.report import plots
 
 ONLINE = hh_settings.Online()
-KL_COEF = 0.01
 SETS = ONLINE.sets
 
 
@@ -37,7 +36,7 @@ def run_rounds(trial: Trial, start: types.Params) -> dict[str, Any]:
     online, pm = ONLINE, hh_settings.PreferenceModel(batch=hh_stages.BATCH)
     if trial.quick:
         online = dataclasses.replace(online, pairs=64, rejection=2, held_out=64, snapshots=1)
-    own = rounds.with_prompts(trial.with_ppo(kl_coef=KL_COEF), online.red_team)
+    own = rounds.with_prompts(trial.with_ppo(kl_coef=hh_settings.KL_COEF), online.red_team)
     made = rounds.run(own, start, online, pm, log=lambda stage: trial.log, collect_set=comparison_sets.sample_and_label)
     return rounds.evaluate(own, SETS, made)
 
