@@ -68,14 +68,15 @@ def _plot(results: Mapping[str, Any]) -> str:
 def _tension(results: Mapping[str, Any]) -> str:
     """Draws harmlessness against helpfulness."""
     with plots.axes(height=2.8) as (svg, (ax,)):
-        for name, each in results["policies"].items():
+        for number, (name, each) in enumerate(results["policies"].items()):
             x, y = each["helpful"]["worth"], each["harmless"]["worth"]
             xerr, yerr = ([[v[0] - v[1]], [v[2] - v[0]]] for v in (x, y))
             color = plots.color("sft" if name == "SFT" else "other" if name == "static" else "ppo")
-            ax.errorbar(x[0], y[0], xerr=xerr, yerr=yerr, fmt="o", color=color, markersize=4)
-            ax.annotate(name, (x[0], y[0]), xytext=(4, 4), textcoords="offset points", fontsize=8)
+            mark = "osD^vP*X"[number % 8]
+            ax.errorbar(x[0], y[0], xerr=xerr, yerr=yerr, fmt=mark, color=color, markersize=5, label=name)
         ax.set_xlabel("gold helpfulness on ordinary prompts")
         ax.set_ylabel("gold harmlessness on harmful requests")
+        ax.legend()
     return svg[0]
 
 
@@ -106,13 +107,14 @@ def _tables(results: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[
     sets = [f"{i}: {each['source']}" for i, each in enumerate(results["sets"], start=1)]
     columns = [f"{label}, {each}" for label in ("helpful", "harmless") for each in sets]
     return [
-        ("policies", header, policies),
-        ("accuracy of the preference models on held-out pairs of each set, %", ["model", *columns], accuracy),
+        ("Policies", header, policies),
+        ("Accuracy of the preference models on held-out pairs of each set, %", ["model", *columns], accuracy),
     ]
 
 
 def _elo(estimate: Any) -> str:
-    return f"{estimate[0]:.0f} ({estimate[1]:.0f} to {estimate[2]:.0f})"
+    mean, low, high = map(round, estimate)  # no negative zero
+    return f"{mean} ({low} to {high})"
 
 
 def _number(estimate: Any, *, percent: bool = False) -> str:

@@ -109,10 +109,9 @@ TIE = 1e-5
 
 def measured(answers: policy_sampling.Answers, asked_B: np.ndarray, domain: domains.Domain) -> dict[str, Any]:
     """Returns the means of what a policy's answers are worth, with 95 % intervals clustered by what prompts ask."""
-    numbers = {
-        "worth": domains.worth(answers, domain),
-        "refusals": np.asarray(answers.gold.refused, np.float64),
-        "score": answers.scores_B,
-        "kl": answers.kl_B,
+    asked = asked_B.tolist()
+    rates = {"worth": domains.worth(answers, domain), "refusals": np.asarray(answers.gold.refused, np.float64)}
+    numbers = {"score": answers.scores_B, "kl": answers.kl_B}
+    return {name: list(diagnostics.clustered_mean(x, asked, rate=True)) for name, x in rates.items()} | {
+        name: list(diagnostics.clustered_mean(x, asked)) for name, x in numbers.items()
     }
-    return {name: list(diagnostics.clustered_mean(x, asked_B.tolist())) for name, x in numbers.items()}

@@ -179,8 +179,9 @@ def html_table(rows: Sequence[Sequence[str]]) -> str:
 def write_page(path: pathlib.Path, title: str, figures: Sequence[str], note: str, *, tables: str = "") -> None:
     """Writes a self-contained HTML page of SVG figures, a note and optional HTML tables."""
     colors = "color:var(--ink);background:var(--paper)"
-    style = f"body{{font:15px sans-serif;max-width:46em;margin:2em auto;padding:0 1em;{colors}}}"
-    style += "td,th{padding:.2em .6em;text-align:right}"
+    style = f"body{{font:15px sans-serif;max-width:76em;margin:2em auto;padding:0 1em;{colors}}}"
+    style += "figure,p{max-width:46em}table{display:block;overflow-x:auto}"
+    style += "td{padding:.2em .6em;text-align:right;white-space:nowrap}tr:first-child td{white-space:normal}"
     light, dark = (";".join(f"--{name}:{pair[i]}" for name, pair in plots.COLORS.items()) for i in (0, 1))
     head = f"<style>:root{{{light}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}{style}</style>"
     body = f"<h1>{html.escape(title)}</h1>" + "".join(f"<figure>{svg}</figure>" for svg in figures)
