@@ -8,19 +8,20 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from claims import verdicts
+from claims import claim_results, verdicts
 
 SEEDS = 5
 Simulate = Callable[[np.random.Generator, float], Any]
 
 
 def check_effects(module: Any, simulate: Simulate) -> None:
-    """Checks that the stated effect is shown, its reverse is refuted, and both can be drawn."""
+    """Checks that the stated effect is shown, its reverse is refuted, both can be drawn, and arms can be exchanged."""
     rng = np.random.default_rng(0)
     for effect, verdict in ((1, "shown"), (-1, "refuted")):
         measured_S = [simulate(rng, effect) for _ in range(SEEDS)]
         assert verdicts.overall(module.decide(measured_S)) == verdict, module.decide(measured_S)
         assert module.plot(measured_S).startswith("<svg")
+    claim_results.null_rate(module.CLAIM, measured_S, shuffles=3)
 
 
 def check_noise(module: Any, simulate: Simulate) -> None:

@@ -13,7 +13,6 @@ from claims.helpful_harmless import (
     c46_skill_mixing,
     c47_size_by_domain,
 )
-from online import rounds
 
 from rlhf_jax.simulation import lexicon
 
@@ -69,13 +68,11 @@ def c21(rng, effect):
 
 
 def c22(rng, effect):
-    names = [rounds.START, "round 1", "round 2", "round 3", rounds.STATIC]
-    elo = np.array([0, 50, 80, 100 + 30 * effect, 100]) + 5 * rng.normal(size=5)
+    elo = np.array([100, 80, 100 + 30 * effect]) + 5 * rng.normal(size=3)
     accuracy = 0.7 - effect * np.array([0.0, 0.03, 0.06]) + 0.008 * rng.normal(size=3)
-    scores = {name: float(x) for name, x in zip(names, elo)}
     return {
-        "elo": {criterion: scores for criterion in ("helpful", "harmless", "overall")},
-        "accuracy": dict(zip(c22_online.SETS, accuracy)),
+        source: {"helpful": x, "harmless": x, "overall": x, "accuracy": y}
+        for source, x, y in zip(c22_online.SETS, elo, accuracy, strict=True)
     }
 
 

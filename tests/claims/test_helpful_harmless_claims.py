@@ -27,7 +27,7 @@ def unusual_prompts(rng, effect):
 
 def narrower_distribution(rng, effect):
     noise = 0.02 * rng.normal(size=3)
-    start = {"entropy": 1.0, "diversity": 0.3}
+    start = {"entropy": 1.0, "diversity": 0.3, "matched_temperature": 1.0}
     narrowed = {"entropy": 1.0 - 0.3 * effect + noise[0], "diversity": 0.3 - 0.1 * effect + noise[1]}
     return {"start": start, "ppo": narrowed | {"matched_temperature": 1 - 0.3 * effect + noise[2]}}
 

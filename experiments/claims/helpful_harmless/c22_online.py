@@ -41,41 +41,46 @@ def run_rounds(trial: Trial, start: types.Params) -> dict[str, Any]:
     return rounds.evaluate(own, SETS, made)
 
 
+POLICIES = dict(zip(SETS, (rounds.STATIC, "round 2", "round 3"), strict=True))
+"""The policy whose preference model has seen answers of each set and of those before it."""
+
+
 def measure(trial: Trial) -> Measured:
-    """Returns the Elo scores of the policies, and the accuracy of the last preference model on each set."""
+    """Returns the Elo scores of each policy, and the accuracy of the last preference model on each set."""
     found = trial.result(run_rounds, ms.Recipe(trial).start).value
     accuracy = found["preference_models"][f"round {len(SETS)}"]
     return {
-        "elo": {criterion: {name: x[0] for name, x in each.items()} for criterion, each in found["elo"].items()},
-        "accuracy": {source: each["helpful"][0] for source, each in zip(SETS, accuracy, strict=True)},
+        source: {criterion: elo[POLICIES[source]][0] for criterion, elo in found["elo"].items()}
+        | {"accuracy": each["helpful"][0]}
+        for source, each in zip(SETS, accuracy, strict=True)
     }
 
 
 def decide(measured_S: Sequence[Measured]) -> list[verdicts.Part]:
     """Compares the last policy with the static one, and the accuracies."""
-    last = f"round {len(SETS)}"
-    more_S = [each["elo"]["overall"][last] - each["elo"]["overall"][rounds.STATIC] for each in measured_S]
-    accuracy = {source: np.array([each["accuracy"][source] for each in measured_S]) for source in SETS}
+    base, rejection, online = (
+        {name: np.array([each[source][name] for each in measured_S]) for name in ("overall", "accuracy")}
+        for source in SETS
+    )
     return [
-        verdicts.above("gold Elo, third round − static with as many labels", more_S),
+        verdicts.above("gold Elo, third round − static with as many labels", online["overall"] - base["overall"]),
         verdicts.above(
-            "accuracy on pairs of the SFT model − by rejection sampling", accuracy["base"] - accuracy["rejection"]
+            "accuracy on pairs of the SFT model − by rejection sampling", base["accuracy"] - rejection["accuracy"]
         ),
         verdicts.above(
-            "accuracy on pairs by rejection sampling − of online policies", accuracy["rejection"] - accuracy["online"]
+            "accuracy on pairs by rejection sampling − of online policies", rejection["accuracy"] - online["accuracy"]
         ),
     ]
 
 
 def plot(measured_S: Sequence[Measured]) -> str:
     """Draws the Elo scores of the policies."""
-    names = list(measured_S[0]["elo"]["overall"])
     with plots.axes(height=2.6) as (svg, (ax,)):
         for criterion, color in (("overall", "other"), ("helpful", "sft"), ("harmless", "ppo")):
-            elo_SP = np.array([[each["elo"][criterion][name] for name in names] for each in measured_S])
+            elo_SP = np.array([[each[source][criterion] for source in SETS] for each in measured_S])
             ax.plot(elo_SP.T, ".", color=plots.color(color), alpha=0.3)
             ax.plot(elo_SP.mean(axis=0), "o", color=plots.color(color), label=criterion)
-        ax.set_xticks(range(len(names)), names)
+        ax.set_xticks(range(len(SETS)), list(POLICIES.values()))
         ax.set_ylabel("gold Elo, relative to SFT")
         ax.legend()
     return svg[0]

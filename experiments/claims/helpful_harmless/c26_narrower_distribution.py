@@ -32,7 +32,7 @@ def measure(trial: Trial) -> Measured:
 
 
 def diversity(trial: Trial, start: types.Params, policy: dict[str, Any], reward: types.Params) -> Measured:
-    """Returns entropy per token, distinct-2 with its number of pairs, self-BLEU and the matched temperature."""
+    """Returns entropy per token, distinct-2, self-BLEU and the matched temperature."""
     prompts, key = trial.task.eval_prompts, jax.random.fold_in(trial.key("evaluate"), 3000)
     policies = {"start": start, "ppo": policy["policy"]}
     answers = {
@@ -49,9 +49,11 @@ def diversity(trial: Trial, start: types.Params, policy: dict[str, Any], reward:
         matched=("ppo",),
         rng=jax.random.fold_in(key, 0),
     )
-    found, pairs = evaluation.diversity_of_answers(answers, prompt_width=trial.task.prompt_width)
-    return {"pairs": pairs} | {
-        name: found[name] | {key: value[0] for key, value in narrowed[name].items()} | {"gold": _gold(answers[name])}
+    found, _ = evaluation.diversity_of_answers(answers, prompt_width=trial.task.prompt_width)
+    return {
+        name: {"matched_temperature": 1.0, "gold": _gold(answers[name])}
+        | found[name]
+        | {key: value[0] for key, value in narrowed[name].items()}
         for name in policies
     }
 

@@ -4,6 +4,10 @@ The other kind, in place of summaries, are answers to skill problems: the right 
 problem of the same skill. One preference model is trained on pairs about helpfulness and harmlessness, one on skills,
 and one on both. No problem of the held-out pairs is in training. Each specialist is compared with the model that is
 trained on both.
+
+After the first verdict with the seeds 0 to 4, the number of skill pairs was raised from 4,000 to 10,000, chosen with
+the seeds 100 and 101. With 4,000, the model that is trained on all pairs is more accurate on skills than the
+specialist, by 0.019 (-0.001 to 0.038).
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from rlhf_jax.report import plots
 from rlhf_jax.simulation import corpus, lexicon
 
 ARMS = {"helpfulness and harmlessness": (True, False), "skills": (False, True), "all": (True, True)}
-PAIRS, HELD_OUT = 4000, 4000
+PAIRS, SKILL_PAIRS, HELD_OUT = 4000, 10000, 4000
 FLIPPED = 0.1
 """Share of wrong labels of the skill pairs in training."""
 
@@ -67,12 +71,12 @@ def train_and_test(
     trial: Trial, start: types.Params, sets: comparison_sets.Sets, *, dialogues: bool, skills: bool
 ) -> dict[str, float]:
     """Returns the accuracy of a preference model on both kinds of held-out pairs."""
-    n, held_out = (32, 64) if trial.quick else (PAIRS, HELD_OUT)
+    n, skilled, held_out = (32, 32, 64) if trial.quick else (PAIRS, SKILL_PAIRS, HELD_OUT)
     parts = []
     if dialogues:
         parts.append(comparison_sets.first(sets.train, {"helpful": n, "harmless": n}))
     if skills:
-        parts.append(skill_pairs(trial, n, held_out=False, flipped=FLIPPED))
+        parts.append(skill_pairs(trial, skilled, held_out=False, flipped=FLIPPED))
     rows = comparison_sets.merge(parts)
     model = preference_models.train(
         trial, hh_stages.step_of(trial), start, rows, name="reward_model", number=0, batch=hh_stages.BATCH
@@ -125,7 +129,7 @@ CLAIM = Claim(
     paper="Bai et al. 2022, Figure 20",
     claim="A preference model that is trained on helpfulness, harmlessness and another skill loses on neither.",
     published="figure only; the other skill is summarisation",
-    differs="Skill problems with one right answer replace summaries. RLHF on the mixture is not measured.",
+    differs="10,000 skill problems with one right answer replace summaries. RLHF on the mixture is not measured.",
     measure=measure,
     decide=decide,
     plot=plot,
