@@ -21,7 +21,7 @@ from launch import config_file, elapsed_time, folder_lock, initial_model, settin
 from launch.run_settings import RunSettings, SettingError
 from rlhf_jax import checkpoint, metrics, sinks
 from rlhf_jax.checkpoint import atomic
-from rlhf_jax.data import errors, sources
+from rlhf_jax.data import errors, files, sources
 from rlhf_jax.distributed import hosts
 
 RESULTS, INCIDENTS = "results.json", "incidents.jsonl"
@@ -252,6 +252,10 @@ def data_digest(source: str) -> str | None:
     digest = hashlib.sha256()
     try:
         for path in sources.expand_paths(source):
+            if files.is_sqlite(os.fspath(path)):  # its bytes can change although its records do not
+                for raw in sources.raw_records(path):
+                    digest.update(json.dumps(raw.fields, sort_keys=True).encode())
+                continue
             with open(path, "rb") as file:
                 while block := file.read(1 << 20):
                     digest.update(block)

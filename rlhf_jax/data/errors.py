@@ -52,8 +52,9 @@ class DropCount:
 
     ``dropped`` counts records that are missing from the result, and ``max_dropped`` limits their share. ``truncated``
     counts records that were kept but shortened. ``noted`` counts records that were kept as they are, but about which
-    the user should know. Truncation is common for long dialogues, so the share of truncated
-    records is limited only if ``max_truncated`` is given. Both limits are shares from 0 to 1.
+    the user should know, and the items of a comparison store that are no comparisons. Truncation is common for long
+    dialogues, so the share of truncated records is limited only if ``max_truncated`` is given. Both limits are shares
+    from 0 to 1.
 
     One object can collect the counts of a whole pipeline. Each stage of the pipeline counts in a separate object, which
     `stage` returns. `add` then adds these counts to the total and applies the limits to the records that this stage

@@ -16,6 +16,7 @@ from typing import Any
 from rlhf_jax.data import errors
 
 PARQUET = b"PAR1"
+_SQLITE = b"SQLite format 3\x00"
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "Zstandard"}
 _REFUSED = {
@@ -31,6 +32,12 @@ _REFUSED_NAMES = {
     ".arrow": _REFUSED[b"ARROW1"],
 }
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+def is_sqlite(name: str) -> bool:
+    """Returns whether a file is an SQLite database, by its first bytes; see `is_parquet` for errors."""
+    with _open(name) as file:
+        return file.peek(64).startswith(_SQLITE)
 
 
 def is_parquet(name: str) -> bool:

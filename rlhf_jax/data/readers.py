@@ -89,7 +89,11 @@ def _read(
     stage = counts.stage()
     parsed: list[Record] = []
     n = 0
-    for n, raw in enumerate(sources.raw_records(source, fields=fields), start=1):  # noqa: B007
+    for raw in sources.raw_records(source, fields=fields):
+        if raw.skipped is not None:
+            stage.note(raw.skipped)
+            continue
+        n += 1
         try:
             if raw.flaw is not None:
                 raise errors.UnusableRecord(raw.flaw)

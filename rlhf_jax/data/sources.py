@@ -1,4 +1,4 @@
-"""Raw records from JSON Lines, JSON and Parquet files and from sets that tensorflow-datasets (TFDS) has prepared.
+"""Raw records from JSON Lines, JSON and Parquet files, comparison stores and sets of tensorflow-datasets (TFDS).
 
 A raw record is a dictionary of named fields, together with its location. The parsers in `records` check the fields;
 this module only raises errors for sources that cannot be read.
@@ -10,6 +10,7 @@ Parquet, ``*.parquet``             the rows of a Parquet file, such as those of 
                                    which the extra ``rlhf_jax[parquet]`` installs
 ``*.gz``, ``.bz2``, ``.xz``,       JSON or JSON Lines, compressed; Zstandard (``.zst``) needs pyarrow
 ``.zst``
+``*.sqlite``                       a comparison store (`rlhf_jax.feedback.store`), with one record for each item in it
 ``Tfds(name, split)``              a set that TFDS has prepared as array_record files; TensorFlow is not needed
 =================================  ==================================================================================
 
@@ -54,6 +55,8 @@ class RawRecord(NamedTuple):
     fields: dict[str, Any]
     flaw: str | None = None
     """Reason why the record cannot be used, or None."""
+    skipped: str | None = None
+    """Reason why an item of a comparison store is no comparison, or None."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +127,22 @@ def expand_paths(source: Path | Sequence[Path]) -> list[Path]:
 
 
 def _file_records(name: str, fields: str) -> Iterator[RawRecord]:
+    if files.is_sqlite(name):
+        return _store_records(name)
     return _parquet_records(name) if files.is_parquet(name) else _json_records(name, fields)
+
+
+def _store_records(name: str) -> Iterator[RawRecord]:
+    """Yields the items of all sets of a comparison store."""
+    from rlhf_jax.feedback import store, store_export
+
+    try:
+        with store.Store(name, read_only=True) as opened:
+            rows = store_export.rows(opened)
+    except store.StoreError as error:
+        raise errors.DataError(str(error)) from None
+    for row in rows:
+        yield RawRecord(f"{name}, item {row.item}", row.fields, skipped=row.skipped)
 
 
 # --------------------------------------------------------------------------------------------------------------- JSON

@@ -1,0 +1,382 @@
+"""The comparison store: prompts, completions and what people say about them, in one SQLite file.
+
+A store contains several sets of items, such as "round 1". Rows are never changed or deleted, only added: a corrected
+judgement is a new one, and readers see the latest of each labeler about each item. Several processes may use a store at
+once; one writes at a time, and the others wait. A judgement is on the disk when `Store.record` returns.
+
+    with store.Store("comparisons.sqlite") as opened:
+        [item] = opened.add([judgements.Item(prompt=..., completions=...)], set_name="round 1")
+        token = opened.add_labeler("Ada")
+        assignment = opened.assign("Ada", set_name="round 1")
+        opened.record("Ada", item, judgements.Judgement(strength=2), key="...")
+        print(opened.preferences("round 1"))
+
+`comparison_rows` writes the comparisons of a store to a file, and the readers of `rlhf_jax.data` read a store itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rlhf_jax.feedback import judgements, store_rows, store_schema
+from rlhf_jax.feedback.store_schema import StoreError
+
+ROLES = ("labeler", "owner")
+DUPLICATE_GAP = 10
+"""A hidden duplicate follows at least this many other judgements of a labeler, unless nothing else is left."""
+
+
+class Labeler(NamedTuple):
+    """A person who judges, or the owner of the store."""
+
+    name: str
+    role: str
+    revoked: bool
+
+
+class Assignment(NamedTuple):
+    """An item that a labeler is asked to judge."""
+
+    id: str
+    """Identifier of the item."""
+    item: judgements.Item
+    seed: int
+    """Seed of the order in which the completions are shown; always the same for an item and a labeler."""
+    expires: float
+    """Time, in seconds since 1970, after which others are asked instead."""
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The index of the completion that is shown at each place; see `judgements.Judgement.in_item_order`."""
+        return judgements.shown_order(self.seed, len(self.item.completions))
+
+
+class Recorded(NamedTuple):
+    """A judgement in the store."""
+
+    number: int
+    """Position among all judgements; a later judgement has a higher number."""
+    labeler: str
+    item: str
+    judgement: judgements.Judgement
+    time: float
+    """Seconds since 1970."""
+
+
+class Preferences(NamedTuple):
+    """Which completion of each of N pairs M labelers prefer."""
+
+    items: list[str]
+    """Identifiers of the pairs."""
+    labelers: list[str]
+    votes_NM: np.ndarray
+    """float64, 1 if a labeler prefers the first completion, 0 for the second, 0.5 for a tie, and a probability if that
+    was recorded; NaN if the labeler is unsure or was not asked."""
+
+    @property
+    def share_N(self) -> np.ndarray:
+        """Mean of the votes on each pair, in [0, 1]; NaN without votes."""
+        voted_NM = ~np.isnan(self.votes_NM)
+        number_N = voted_NM.sum(axis=1)
+        sum_N = np.where(voted_NM, self.votes_NM, 0.0).sum(axis=1)
+        return np.where(number_N > 0, sum_N / np.maximum(number_N, 1), np.nan)
+
+    @property
+    def label_N(self) -> np.ndarray:
+        """Majority: 1 if the first completion is better, 0 if the second is, 0.5 for a tie; NaN without votes."""
+        return (np.sign(self.share_N - 0.5) + 1) / 2
+
+
+class Store:
+    """An open comparison store, and a context manager that closes it.
+
+    A store may be shared by threads. Its methods raise `StoreError`, a ValueError, for unknown labelers and items.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, read_only: bool = False, timeout: float = 30.0) -> None:
+        """Opens a store, or creates it.
+
+        Args:
+            path: The file, on a local disk. SQLite keeps recent changes in a second file, PATH-wal, until the last
+                process closes the store; copy both, or close the store first.
+            read_only: Whether the file must exist and is not changed.
+            timeout: Number of seconds to wait for another process that is writing.
+
+        Raises:
+            StoreError: The file cannot be opened, is not a comparison store, or was written by a newer version.
+        """
+        self.path = os.fspath(path)
+        self._lock = threading.RLock()
+        self._db = store_schema.connect(path, read_only=read_only, timeout=timeout)
+
+    def __enter__(self) -> Store:
+        """Returns the store."""
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Closes the store."""
+        self.close()
+
+    def close(self) -> None:
+        """Closes the file."""
+        with self._lock:
+            self._db.close()
+
+    @contextlib.contextmanager
+    def transaction(self, *, write: bool = False) -> Iterator[sqlite3.Connection]:
+        """Makes the calls in a ``with`` block one transaction: they see one state, and are stored as a whole.
+
+        ``write`` is whether one of them writes. Yields the connection.
+        """
+        with self._lock:
+            if self._db.in_transaction:  # of a method that calls another
+                yield self._db
+                return
+            try:
+                self._db.execute("BEGIN IMMEDIATE" if write else "BEGIN")
+                yield self._db
+                self._db.execute("COMMIT")
+            except sqlite3.Error as error:
+                raise StoreError(f"{self.path}: {error}") from error
+            finally:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+
+    # ------------------------------------------------------------------------------------------------------- items
+
+    def add(self, items: Iterable[judgements.Item], *, set_name: str) -> list[str]:
+        """Adds items to a set, all or none, and returns their identifiers.
+
+        An identifier is a digest of the set and of everything in the item. An item that is in the set already is not
+        added again, so that a script can be repeated.
+
+        Raises:
+            ValueError: An item cannot be judged, or repeats an unknown item.
+        """
+        items = list(items)
+        for item in items:
+            item.check()
+        with self.transaction(write=True) as db:
+            for item in items:
+                if item.duplicate_of is not None:
+                    self._item_row(db, item.duplicate_of)
+            return [store_rows.insert_item(db, item, set_name) for item in items]
+
+    def sets(self) -> list[str]:
+        """Returns the names of the sets, in the order in which they were created."""
+        with self.transaction() as db:
+            found = db.execute("SELECT set_name FROM items GROUP BY set_name ORDER BY MIN(number)")
+            return [row["set_name"] for row in found]
+
+    def items(self, set_name: str | None = None) -> dict[str, judgements.Item]:
+        """Returns the items of a set, or of all sets, by identifier, in the order in which they were added."""
+        with self.transaction() as db:
+            return {row["id"]: store_rows.item(db, row) for row in store_rows.items_of(db, set_name)}
+
+    def item(self, id: str) -> judgements.Item:
+        """Returns one item."""
+        with self.transaction() as db:
+            return store_rows.item(db, self._item_row(db, id))
+
+    def set_of(self, id: str) -> str:
+        """Returns the name of the set of an item."""
+        with self.transaction() as db:
+            return self._item_row(db, id)["set_name"]
+
+    def _item_row(self, db: sqlite3.Connection, id: str) -> sqlite3.Row:
+        if (row := db.execute("SELECT * FROM items WHERE id = ?", (id,)).fetchone()) is None:
+            raise StoreError(f"{self.path} has no item {id!r}")
+        return row
+
+    # ----------------------------------------------------------------------------------------------------- labelers
+
+    def add_labeler(self, name: str, *, role: str = "labeler") -> str:
+        """Adds a person and returns a token with which `authenticate` recognises them.
+
+        Only a salted hash of the token is stored. The hash is a fast one: a token has 256 random bits, and unlike a
+        password cannot be found by trying, at whatever speed.
+
+        Args:
+            name: Name of the person, which their judgements bear.
+            role: "labeler" or "owner".
+
+        Raises:
+            StoreError: The name is taken or empty, or the role is unknown.
+        """
+        if not name.strip() or role not in ROLES:
+            raise StoreError(f"invalid name {name!r} or role {role!r}; the roles are {' and '.join(ROLES)}")
+        token, salt = secrets.token_urlsafe(32), secrets.token_bytes(16)
+        with self.transaction(write=True) as db:
+            if db.execute("SELECT 1 FROM labelers WHERE name = ?", (name,)).fetchone():
+                raise StoreError(f"{self.path} has a labeler {name!r} already")
+            db.execute(
+                "INSERT INTO labelers (name, role, salt, token_hash) VALUES (?, ?, ?, ?)",
+                (name, role, salt, _token_hash(token, salt)),
+            )
+        return token
+
+    def labelers(self) -> list[Labeler]:
+        """Returns the people, in the order in which they were added."""
+        with self.transaction() as db:
+            found = db.execute("SELECT name, role, revoked FROM labelers ORDER BY number")
+            return [Labeler(row["name"], row["role"], bool(row["revoked"])) for row in found]
+
+    def authenticate(self, token: str) -> Labeler | None:
+        """Returns the person with a token, or None if it is unknown or revoked."""
+        with self.transaction() as db:
+            rows = db.execute("SELECT * FROM labelers").fetchall()
+        # All hashes are compared, so that the time does not tell which of them is near.
+        matches = [hmac.compare_digest(_token_hash(token, row["salt"]), row["token_hash"]) for row in rows]
+        found = next((row for row, match in zip(rows, matches) if match and not row["revoked"]), None)
+        return None if found is None else Labeler(found["name"], found["role"], False)
+
+    def revoke(self, name: str) -> None:
+        """Makes the token of a person invalid for good; their judgements stay."""
+        with self.transaction(write=True) as db:
+            db.execute("UPDATE labelers SET revoked = 1 WHERE number = ?", (self._labeler(db, name)["number"],))
+
+    def _labeler(self, db: sqlite3.Connection, name: str, *, active: bool = False) -> sqlite3.Row:
+        row = db.execute("SELECT * FROM labelers WHERE name = ?", (name,)).fetchone()
+        if row is None or (active and row["revoked"]):
+            raise StoreError(f"{self.path}: the labeler {name!r} {'is unknown' if row is None else 'was revoked'}")
+        return row
+
+    # -------------------------------------------------------------------------------------------------- assignments
+
+    def assign(
+        self,
+        labeler: str,
+        *,
+        set_name: str,
+        lease: float = 1800.0,
+        max_judgements: int | None = None,
+        now: float | None = None,
+    ) -> Assignment | None:
+        """Assigns a labeler the next item: their open assignment, otherwise an item with the fewest judgements.
+
+        A labeler never receives an item that they have judged, and a hidden duplicate only if they have judged the
+        item that it repeats (see `DUPLICATE_GAP`). An open assignment of another labeler counts as a judgement.
+
+        Args:
+            labeler: Name of the labeler.
+            set_name: The set.
+            lease: Number of seconds after which an assignment without a judgement expires.
+            max_judgements: Items with this number of judgements are not assigned; None for no limit. With 1, no two
+                labelers work on the same item.
+            now: The time, in seconds since 1970; None for the time of the clock.
+
+        Returns:
+            The assignment, or None if no item is left.
+        """
+        now = time.time() if now is None else now
+        with self.transaction(write=True) as db:
+            who = self._labeler(db, labeler, active=True)["number"]
+            names = {"who": who, "set": set_name, "now": now, "gap": DUPLICATE_GAP, "most": max_judgements}
+            row = db.execute(store_rows.OPEN_ASSIGNMENT, names).fetchone()
+            if row is not None:
+                return Assignment(row["id"], store_rows.item(db, row), row["seed"], row["expires"])
+            if (row := db.execute(store_rows.NEXT_ITEM, names).fetchone()) is None:
+                return None
+            seed = int.from_bytes(hashlib.sha256(f"{row['id']} {labeler}".encode()).digest()[:4], "big")
+            db.execute(
+                "INSERT INTO assignments (labeler, item, seed, time, expires) VALUES (?, ?, ?, ?, ?)",
+                (who, row["id"], seed, now, now + lease),
+            )
+            return Assignment(row["id"], store_rows.item(db, row), seed, now + lease)
+
+    # --------------------------------------------------------------------------------------------------- judgements
+
+    def record(
+        self,
+        labeler: str,
+        item: str,
+        judgement: judgements.Judgement,
+        *,
+        key: str,
+        now: float | None = None,
+    ) -> int:
+        """Records a judgement, which replaces earlier ones of the labeler about the item for readers.
+
+        Args:
+            labeler: Name of the labeler.
+            item: Identifier of the item.
+            judgement: The judgement, in the order of the item.
+            key: Any text that the client chooses once per judgement, such as a UUID. A judgement that arrives again
+                with the same key, because the client did not receive the answer, is stored once.
+            now: The time, in seconds since 1970; None for the time of the clock.
+
+        Returns:
+            The number of the judgement.
+
+        Raises:
+            ValueError: The judgement does not fit the item, the labeler or item is unknown, or the labeler has used the
+                key for another judgement.
+        """
+        with self.transaction(write=True) as db:
+            who, row = self._labeler(db, labeler, active=True)["number"], self._item_row(db, item)
+            judgements.check(judgement, kind=row["kind"], n=len(json.loads(row["completions"])))
+            values = dataclasses.asdict(judgement) | {"labeler": who, "item": item, "key": key}
+            values["flags"] = store_rows.to_json(judgement.flags)
+            values["ranks"] = None if judgement.ranks is None else store_rows.to_json(judgement.ranks)
+            old = db.execute("SELECT * FROM judgements WHERE labeler = ? AND key = ?", (who, key)).fetchone()
+            if old is not None:
+                if any(old[name] != value for name, value in values.items()):
+                    raise StoreError(f"{labeler!r} has used the key {key!r} for another judgement")
+                return old["number"]
+            values["time"] = time.time() if now is None else now
+            marks = ", ".join(f":{name}" for name in values)
+            number = db.execute(f"INSERT INTO judgements ({', '.join(values)}) VALUES ({marks})", values).lastrowid
+            assert number is not None
+            return number
+
+    def latest(self, set_name: str | None = None) -> list[Recorded]:
+        """Returns the latest judgement of each labeler about each item of a set, or of all sets, oldest first."""
+        return self._recorded(set_name, "j.number IN (SELECT MAX(number) FROM judgements GROUP BY item, labeler)")
+
+    def history(self, set_name: str | None = None) -> list[Recorded]:
+        """Returns all judgements of a set, or of all sets, oldest first, with those that were corrected later."""
+        return self._recorded(set_name, "TRUE")
+
+    def _recorded(self, set_name: str | None, condition: str) -> list[Recorded]:
+        with self.transaction() as db:
+            rows = db.execute(
+                "SELECT j.*, labelers.name FROM judgements j JOIN items ON items.id = j.item "
+                f"JOIN labelers ON labelers.number = j.labeler WHERE {condition} "
+                "AND (:set IS NULL OR items.set_name = :set) ORDER BY j.number",
+                {"set": set_name},
+            )
+            return [
+                Recorded(row["number"], row["name"], row["item"], store_rows.judgement(row), row["time"])
+                for row in rows
+            ]
+
+    def preferences(self, set_name: str | None = None) -> Preferences:
+        """Returns the latest votes on the pairs of a set, or of all sets, without duplicates and gold questions."""
+        with self.transaction() as db:
+            rows = store_rows.items_of(db, set_name)
+            found = self.latest(set_name)
+        pairs = [row["id"] for row in rows if row["kind"] == judgements.PAIR and not store_rows.is_check(row)]
+        items = {id: n for n, id in enumerate(pairs)}
+        found = [each for each in found if each.item in items]
+        names = {name: m for m, name in enumerate(sorted({each.labeler for each in found}))}
+        votes_NM = np.full((len(items), len(names)), np.nan)
+        for each in found:
+            votes_NM[items[each.item], names[each.labeler]] = each.judgement.vote
+        return Preferences(list(items), list(names), votes_NM)
+
+
+def _token_hash(token: str, salt: bytes) -> bytes:
+    return hashlib.blake2b(token.encode(), key=salt).digest()

@@ -1,0 +1,124 @@
+"""Rows of the comparison store: which rows answer a request, and their conversion to items and judgements."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import sqlite3
+from typing import Any
+
+from rlhf_jax.feedback import judgements
+
+OPEN_ASSIGNMENT = """
+    SELECT items.*, a.seed, a.expires FROM assignments a JOIN items ON items.id = a.item
+    WHERE a.labeler = :who AND a.expires > :now AND items.set_name = :set
+    AND NOT EXISTS (SELECT 1 FROM judgements j WHERE j.item = a.item AND j.labeler = a.labeler)
+    ORDER BY a.number DESC LIMIT 1"""
+NEXT_ITEM = """
+    SELECT items.*,
+        (SELECT COUNT(DISTINCT j.labeler) FROM judgements j WHERE j.item = items.id)
+        + (SELECT COUNT(DISTINCT a.labeler) FROM assignments a
+            WHERE a.item = items.id AND a.expires > :now AND a.labeler != :who
+            AND NOT EXISTS (SELECT 1 FROM judgements j WHERE j.item = a.item AND j.labeler = a.labeler)) AS asked
+    FROM items
+    WHERE set_name = :set AND (:most IS NULL OR asked < :most)
+    AND NOT EXISTS (SELECT 1 FROM judgements j WHERE j.item = items.id AND j.labeler = :who)
+    AND (duplicate_of IS NULL
+        OR EXISTS (SELECT 1 FROM judgements j WHERE j.item = items.duplicate_of AND j.labeler = :who))
+    ORDER BY
+        duplicate_of IS NOT NULL AND duplicate_of IN
+            (SELECT item FROM judgements WHERE labeler = :who ORDER BY number DESC LIMIT :gap),
+        asked, number
+    LIMIT 1"""
+
+
+def items_of(db: sqlite3.Connection, set_name: str | None) -> list[sqlite3.Row]:
+    """Returns the rows of the items of a set, or of all sets, in the order in which they were added."""
+    query = "SELECT * FROM items WHERE :set IS NULL OR set_name = :set ORDER BY number"
+    return db.execute(query, {"set": set_name}).fetchall()
+
+
+def is_check(row: sqlite3.Row) -> bool:
+    """Returns whether an item only measures the quality of labelers."""
+    return row["duplicate_of"] is not None or row["expected"] is not None
+
+
+def item(db: sqlite3.Connection, row: sqlite3.Row) -> judgements.Item:
+    """Converts a row, with its prompt and completions, to an item."""
+    prompt = db.execute("SELECT * FROM prompts WHERE id = ?", (row["prompt"],)).fetchone()
+    completions = [
+        db.execute("SELECT * FROM completions WHERE id = ?", (key,)).fetchone()
+        for key in json.loads(row["completions"])
+    ]
+    return judgements.Item(
+        prompt=judgements.Prompt(
+            tuple(json.loads(prompt["messages"])),
+            prompt["domain"],
+            prompt["category"],
+            tuple(json.loads(prompt["tools"])),
+        ),
+        completions=tuple(
+            judgements.Completion(each["text"], each["policy"], json.loads(each["sampling"]), json.loads(each["extra"]))
+            for each in completions
+        ),
+        duplicate_of=row["duplicate_of"],
+        expected=None if row["expected"] is None else _restored(json.loads(row["expected"])),
+        metadata=json.loads(row["metadata"]),
+    )
+
+
+def judgement(row: sqlite3.Row) -> judgements.Judgement:
+    """Converts a row to a judgement."""
+    values = {field.name: row[field.name] for field in dataclasses.fields(judgements.Judgement)}
+    ranks = None if row["ranks"] is None else json.loads(row["ranks"])
+    return _restored(values | {"ranks": ranks, "flags": json.loads(row["flags"])})
+
+
+def _restored(values: dict[str, Any]) -> judgements.Judgement:
+    ranks: Any = values.get("ranks")
+    values["ranks"] = None if ranks is None else tuple(ranks)
+    values["tie"], values["unsure"] = bool(values.get("tie")), bool(values.get("unsure"))
+    return judgements.Judgement(**values)
+
+
+def insert_item(db: sqlite3.Connection, item: judgements.Item, set_name: str) -> str:
+    """Adds an item to a set, unless the set has it, and returns its identifier."""
+    prompt = item.prompt
+    prompt_id = _insert(db, "prompts", to_json(prompt.messages), to_json(prompt.tools), prompt.domain, prompt.category)
+    completions = [
+        _insert(db, "completions", prompt_id, each.text, to_json(each.extra), each.policy, to_json(each.sampling))
+        for each in item.completions
+    ]
+    expected = None if item.expected is None else to_json(_given(item.expected))
+    others = (item.duplicate_of, expected, to_json(item.metadata))
+    key = _digest("items", set_name, item.kind, prompt_id, *completions, *others)
+    db.execute(
+        "INSERT INTO items (id, set_name, kind, prompt, completions, duplicate_of, expected, metadata) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING",
+        (key, set_name, item.kind, prompt_id, to_json(completions), *others),
+    )
+    return key
+
+
+def _insert(db: sqlite3.Connection, table: str, *values: str) -> str:
+    """Adds a row that is identified by its contents, unless it exists, and returns its identifier."""
+    key = _digest(table, *values)
+    marks = ", ".join("?" * (len(values) + 1))
+    db.execute(f"INSERT INTO {table} VALUES ({marks}) ON CONFLICT (id) DO NOTHING", (key, *values))
+    return key
+
+
+def _given(judgement: judgements.Judgement) -> dict[str, Any]:
+    """Returns the fields of a judgement that differ from their defaults, so that a new field changes no identifier."""
+    empty = dataclasses.asdict(judgements.Judgement())
+    return {name: value for name, value in dataclasses.asdict(judgement).items() if value != empty[name]}
+
+
+def to_json(value: Any) -> str:
+    """Returns a value as JSON; equal values have equal texts."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.blake2b(to_json(parts).encode(), digest_size=16).hexdigest()
