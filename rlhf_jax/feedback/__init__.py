@@ -1,4 +1,7 @@
-"""Feedback of a language model: preference labels, and critiques and revisions of responses."""
+"""Feedback of a language model: preference labels, and critiques and revisions of responses.
+
+The module `store` keeps the judgements of people.
+"""
 
 from rlhf_jax.feedback.judge import (
     Answer,

@@ -11,7 +11,7 @@ once; one writes at a time, and the others wait. A judgement is on the disk when
         opened.record("Ada", item, judgements.Judgement(strength=2), key="...")
         print(opened.preferences("round 1"))
 
-`comparison_rows` writes the comparisons of a store to a file, and the readers of `rlhf_jax.data` read a store itself.
+`store_export` writes the comparisons of a store to a file, and the readers of `rlhf_jax.data` read a store itself.
 """
 
 from __future__ import annotations
@@ -190,11 +190,6 @@ class Store:
         """Returns one item."""
         with self.transaction() as db:
             return store_rows.item(db, self._item_row(db, id))
-
-    def set_of(self, id: str) -> str:
-        """Returns the name of the set of an item."""
-        with self.transaction() as db:
-            return self._item_row(db, id)["set_name"]
 
     def _item_row(self, db: sqlite3.Connection, id: str) -> sqlite3.Row:
         if (row := db.execute("SELECT * FROM items WHERE id = ?", (id,)).fetchone()) is None:

@@ -36,7 +36,7 @@ class Row(NamedTuple):
 
 
 def rows(opened: store.Store, set_name: str | None = None) -> list[Row]:
-    """Returns the items of a set, or of all sets, as records, in the order in which they were added."""
+    """Returns the items of a set, or of all sets one after the other, as records."""
     with opened.transaction():
         found = [(each, opened.items(each)) for each in ([set_name] if set_name is not None else opened.sets())]
         latest = opened.latest(set_name)

@@ -7,6 +7,9 @@ import pytest
 from launch import config_file, initial_model, run_folder
 from launch.settings import SettingError
 
+from rlhf_jax.feedback import store
+from rlhf_jax.feedback.judgements import Completion, Item, Judgement, Prompt
+
 
 def refused(function, *arguments, **options):
     with pytest.raises(SettingError) as error:
@@ -68,3 +71,24 @@ def test_read_only_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # the tests may run as root
     expected = f"--out {tmp_path / 'a/b'}: this process may not write in {tmp_path}; give another folder"
     assert refused(run_folder.free_folder, str(tmp_path / "a/b"), kind="sft") == expected
+
+
+def test_a_run_can_be_resumed_unless_the_records_of_its_store_changed(tmp_path):
+    pair = Item(prompt=Prompt(({"role": "user", "content": "a"},)), completions=(Completion("b"), Completion("c")))
+    path, digests = tmp_path / "a.sqlite", []
+
+    def digest():
+        digests.append(run_folder.data_digest(str(path)))
+
+    with store.Store(path) as opened:
+        opened.add_labeler("Ada")
+        [key] = opened.add([pair], set_name="a")
+        opened.record("Ada", key, Judgement(strength=1), key="1")
+        digest()
+        opened.assign("Ada", set_name="a")
+    digest()
+    with store.Store(path) as opened:
+        digest()
+        opened.record("Ada", key, Judgement(strength=8), key="2")
+        digest()
+    assert digests[0] == digests[1] == digests[2] != digests[3] and None not in digests
