@@ -324,7 +324,7 @@ class Store:
             who, row = self._labeler(db, labeler, active=True)["number"], self._item_row(db, item)
             judgements.check(judgement, kind=row["kind"], n=len(json.loads(row["completions"])))
             values = dataclasses.asdict(judgement) | {"labeler": who, "item": item, "key": key}
-            values["flags"] = store_rows.to_json(judgement.flags)
+            values["flags"] = store_rows.to_json(dict(sorted(judgement.flags.items())))
             values["ranks"] = None if judgement.ranks is None else store_rows.to_json(judgement.ranks)
             old = db.execute("SELECT * FROM judgements WHERE labeler = ? AND key = ?", (who, key)).fetchone()
             if old is not None:

@@ -125,7 +125,7 @@ def _labels(
 
 
 def _answer(completion: judgements.Completion) -> Any:
-    return _message(completion.text) | completion.extra if completion.extra else completion.text
+    return {**_message(completion.text), **completion.extra} if completion.extra else completion.text
 
 
 def _message(answer: Any) -> dict[str, Any]:

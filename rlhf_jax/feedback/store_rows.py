@@ -19,7 +19,7 @@ NEXT_ITEM = """
     SELECT items.*,
         (SELECT COUNT(DISTINCT j.labeler) FROM judgements j WHERE j.item = items.id)
         + (SELECT COUNT(DISTINCT a.labeler) FROM assignments a
-            WHERE a.item = items.id AND a.expires > :now AND a.labeler != :who
+            WHERE a.item = items.id AND a.expires > :now
             AND NOT EXISTS (SELECT 1 FROM judgements j WHERE j.item = a.item AND j.labeler = a.labeler)) AS asked
     FROM items
     WHERE set_name = :set AND (:most IS NULL OR asked < :most)
@@ -85,14 +85,14 @@ def _restored(values: dict[str, Any]) -> judgements.Judgement:
 def insert_item(db: sqlite3.Connection, item: judgements.Item, set_name: str) -> str:
     """Adds an item to a set, unless the set has it, and returns its identifier."""
     prompt = item.prompt
-    prompt_id = _insert(db, "prompts", to_json(prompt.messages), to_json(prompt.tools), prompt.domain, prompt.category)
+    prompt_id = _insert(db, "prompts", prompt.messages, prompt.tools, prompt.domain, prompt.category)
     completions = [
-        _insert(db, "completions", prompt_id, each.text, to_json(each.extra), each.policy, to_json(each.sampling))
+        _insert(db, "completions", prompt_id, each.text, each.extra, each.policy, each.sampling)
         for each in item.completions
     ]
-    expected = None if item.expected is None else to_json(_given(item.expected))
-    others = (item.duplicate_of, expected, to_json(item.metadata))
-    key = _digest("items", set_name, item.kind, prompt_id, *completions, *others)
+    expected = None if item.expected is None else _given(item.expected)
+    key = _digest("items", set_name, item.kind, prompt_id, completions, item.duplicate_of, expected, item.metadata)
+    others = (item.duplicate_of, None if expected is None else to_json(expected), to_json(item.metadata))
     db.execute(
         "INSERT INTO items (id, set_name, kind, prompt, completions, duplicate_of, expected, metadata) "
         "VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING",
@@ -101,11 +101,11 @@ def insert_item(db: sqlite3.Connection, item: judgements.Item, set_name: str) ->
     return key
 
 
-def _insert(db: sqlite3.Connection, table: str, *values: str) -> str:
+def _insert(db: sqlite3.Connection, table: str, *values: Any) -> str:
     """Adds a row that is identified by its contents, unless it exists, and returns its identifier."""
     key = _digest(table, *values)
-    marks = ", ".join("?" * (len(values) + 1))
-    db.execute(f"INSERT INTO {table} VALUES ({marks}) ON CONFLICT (id) DO NOTHING", (key, *values))
+    row = [key, *(each if isinstance(each, str) else to_json(each) for each in values)]
+    db.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(row))}) ON CONFLICT (id) DO NOTHING", row)
     return key
 
 
@@ -116,9 +116,11 @@ def _given(judgement: judgements.Judgement) -> dict[str, Any]:
 
 
 def to_json(value: Any) -> str:
-    """Returns a value as JSON; equal values have equal texts."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    """Returns a value as JSON, with keys in their order, in which chat templates may write them."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
 def _digest(*parts: Any) -> str:
-    return hashlib.blake2b(to_json(parts).encode(), digest_size=16).hexdigest()
+    """Returns the same identifier for equal values, whatever the order of keys."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -89,6 +89,13 @@ def test_equal_contents_have_one_identifier(opened):
         assert db.execute("SELECT COUNT(*) FROM completions").fetchone() == (7,)
 
 
+def test_keys_keep_their_order_but_do_not_change_the_identifier(opened):
+    tools = ({"name": "look", "at": 1}, {"at": 1, "name": "look"})
+    items = [Item(prompt=prompt(tools=(each,)), completions=item().completions) for each in tools]
+    first, second = opened.add(items, set_name="a")
+    assert first == second and list(opened.item(first).prompt.tools[0]) == ["name", "at"]
+
+
 def test_items_that_cannot_be_judged_add_nothing(opened):
     wrong = {
         "has 0 completions": item(answers=()),

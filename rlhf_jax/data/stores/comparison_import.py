@@ -84,8 +84,9 @@ def _judgement(ranking: records.Ranking) -> judgements.Judgement:
 
 def _soft_label(ranking: records.Ranking) -> float | None:
     preference = ranking.metadata.get("preference")
-    soft = len(ranking.responses) == 2 and isinstance(preference, float) and 0 <= preference <= 1
-    return preference if soft else None
+    if len(ranking.responses) == 2 and isinstance(preference, float) and 0 <= preference <= 1:
+        return preference
+    return None
 
 
 def _message(turn: dialogues.Turn) -> dict[str, object]:
