@@ -6,15 +6,17 @@
     python experiments/hh.py --pm.harmless-weight 3               lambda-weighted harmlessness loss (HH 5.1.2)
     python experiments/hh.py --pm.separate                        a head for helpfulness and one for harmlessness
     python experiments/hh.py --online.red-team 0.5                more red-team prompts in the comparisons and in RL
-    python experiments/hh.py --resume runs/NAME                   resume an interrupted run
+    python experiments/hh.py --online.labels judge --judge JUDGE  labels of a model
+    python experiments/hh.py --online.labels people               labels of people
+    python experiments/hh.py --resume runs/NAME                   resume a run that was interrupted or waits for labels
 
 The base model and the SFT model are trained as in instructgpt.py, whose settings apply here too, except those without
 effect, which are refused. Each round has four steps:
 
     1. Two answers to each new prompt are sampled, from the SFT model, by rejection sampling, or from the policies so
        far.
-    2. Simulated labelers compare their helpfulness on ordinary prompts and their harmlessness on requests for help with
-       harm.
+    2. Simulated labelers, a judge or people compare their helpfulness on ordinary prompts and their harmlessness on
+       requests for help with harm.
     3. A preference model is trained from scratch on the pairs of all rounds.
     4. A policy is trained with PPO from scratch. Snapshots of it are kept.
 
@@ -22,8 +24,12 @@ A static policy, whose preference model has as many pairs, all of answers of the
 At the end, all policies answer the same held-out prompts, and their gold utilities are compared by Elo scores relative
 to the SFT model.
 
+With --online.labels people, each round writes its pairs to pairs-ROUND.jsonl and ends. When people have filled in the
+field `preference` of each line, --resume continues the run.
+
 The run folder contains results.json, report.html, config.json, metrics.jsonl, tensorboard/, checkpoints/ and, in
-Hugging Face format, sft_mix/, policy/ and preference_model/, those of the last round.
+Hugging Face format, sft_mix/, policy/ and preference_model/, those of the last round; labels.jsonl has the answers of a
+judge.
 """
 
 from __future__ import annotations
@@ -59,7 +65,7 @@ if __name__ == "__main__":
 from functools import partial
 
 from launch import entry_point, run_folder
-from online import hh_results, rounds
+from online import comparison_sets, hh_results, label_sources, rounds
 from recipe import jobs, monitoring, run_setup, stages
 from rich.console import Console
 
@@ -67,20 +73,26 @@ from rlhf_jax import lm
 
 
 def run(settings: HHSettings) -> dict[str, Any]:
-    """Runs all rounds and returns the contents of results.json."""
+    """Runs all rounds and returns the contents of results.json; without the labels of people, ends and returns {}."""
     out = Console()
     if settings.resume and (finished := run_folder.finished_results(settings.resume)):
         run_setup.print_line(out, f"{settings.resume} is already finished; there is nothing to run")
         hh_results.show(out, finished)
         return finished
     first = [each for each in run_setup.FIRST_STAGES if each[0] in ("pretrain", "sft_mix")]
-    options: dict[str, Any] = {"first_stages": first, "accept": hh_settings.accept}
-    with run_setup.open_run(settings, out, weights=rounds.weights(settings), **options) as (folder, job):
-        job = rounds.with_prompts(job, settings.online.red_team)
-        base = stages.pretrain(job)
-        start = stages.supervised(job, "sft_mix", base, epochs=settings.sft.mix_epochs, mix=settings.sft.mix)
-        made = rounds.run(job, start, settings.online, settings.pm, log=partial(_watched, job))
-        evaluated = rounds.evaluate(job, settings.online.sets, made)
+    judge: list[Any] = []
+
+    def accept(task: Any) -> None:
+        hh_settings.accept(task)
+        judge.append(label_sources.load_judge(settings))
+
+    options: dict[str, Any] = {"first_stages": first, "accept": accept}
+    try:
+        with run_setup.open_run(settings, out, weights=rounds.weights(settings), **options) as (folder, job):
+            start, made, evaluated = _train(job, settings, label_sources.make(settings, job, folder.path, judge[0]))
+    except label_sources.Waiting as waiting:
+        run_setup.print_line(out, str(waiting))
+        return {}
     results = {
         "seconds": folder.elapsed.total,
         "peak_rss_mb": process_setup.peak_memory_mb(),
@@ -101,6 +113,21 @@ def run(settings: HHSettings) -> dict[str, Any]:
     hh_results.show(out, results)
     run_setup.print_line(out, f"report: {folder.path / 'report.html'}   results: {folder.path / run_folder.RESULTS}")
     return results
+
+
+def _train(
+    job: jobs.Job, settings: HHSettings, source: label_sources.Source | None
+) -> tuple[Any, rounds.Made, dict[str, Any]]:
+    """Runs all stages with the labels of a source; returns the SFT model, what the rounds made and its evaluation."""
+    online = settings.online
+    job = rounds.with_prompts(job, online.red_team)
+    base = stages.pretrain(job)
+    start = stages.supervised(job, "sft_mix", base, epochs=settings.sft.mix_epochs, mix=settings.sft.mix)
+    make = None if source is None else partial(label_sources.sample_and_ask, source=source)
+    collect = partial(comparison_sets.collect, make=make)
+    made = rounds.run(job, start, online, settings.pm, log=partial(_watched, job), collect_set=collect)
+    evaluated = rounds.evaluate(job, online.sets, made)
+    return start, made, evaluated if source is None else {"labels": online.labels, **evaluated}
 
 
 def _watched(job: jobs.Job, stage: str) -> Any:

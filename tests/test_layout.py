@@ -26,9 +26,10 @@ EXPERIMENTS = (
     ("launch",),
     ("recipe",),
     ("sweeps",),
-    ("preferences", "planning", "fault_injection", "benchmarks", "online"),
+    ("preferences", "planning", "fault_injection", "benchmarks"),
     ("finetune",),
     ("judging", "distillation", "constitution"),
+    ("online",),
 )
 COMMANDS_OF_A_STAGE = {"dpo", "ppo", "reward_model", "sft"}
 """Commands that may share their name with the module of `rlhf_jax.train` that they run."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from launch import initial_model
 from launch.run_settings import SettingError
 
-from constitution import own_settings
+from constitution import judge_settings
 from rlhf_jax import feedback, generation, lm
 from rlhf_jax.data import chat, dialogues, errors, plain_text
 
@@ -43,13 +43,15 @@ def _encoder(settings: Any, model: initial_model.InitialModel) -> Callable[[str]
     return lambda text: [*start, *plain_text.encode_texts(tokenizer, [text])[0]]
 
 
-def _fitting(encode: Callable[[str], list[int]], most: int, flag: str) -> Callable[[str], list[int]]:
+def _fitting(encode: Callable[[str], list[int]], most: int, flag: str, settings: Any) -> Callable[[str], list[int]]:
+    shorter = ", --prompt-width or a smaller --max-new-tokens" if hasattr(settings, "max_new_tokens") else ""
+
     def checked(text: str) -> list[int]:
         ids = encode(text)
         if len(ids) > most:
             raise errors.DataError(
-                f"a request has {len(ids)} tokens, more than the {most} that {flag} can read; set --no-few-shot, "
-                "--prompt-width or a smaller --max-new-tokens"
+                f"a request has {len(ids)} tokens, more than the {most} that {flag} can read; set "
+                f"--no-few-shot{shorter}"
             )
         return ids
 
@@ -63,7 +65,7 @@ def _endpoint(settings: Any, url: str, **options: Any) -> Any:
         raise SettingError(
             f"{url} needs the package {error.name}; install it with pip install -e '.[feedback]'"
         ) from None
-    return endpoint.Endpoint(url, model=settings.judge_model, key=own_settings.server_key(settings), **options)
+    return endpoint.Endpoint(url, model=settings.judge_model, key=judge_settings.server_key(settings), **options)
 
 
 def load(settings: Any, path: str, flag: str) -> initial_model.InitialModel:
@@ -91,7 +93,7 @@ def writer(settings: Any, model: initial_model.InitialModel | None) -> Writer:
         model.params,
         cfg=model.cfg,
         sampling=spec,
-        encode=_fitting(_encoder(settings, model), model.cfg.max_length - settings.max_new_tokens, flag),
+        encode=_fitting(_encoder(settings, model), model.cfg.max_length - settings.max_new_tokens, flag, settings),
         decode=lambda ids: str(model.fmt.tokenizer.decode(list(ids), skip_special_tokens=True)),
         seed=settings.seed,
         batch=settings.batch,
@@ -99,8 +101,14 @@ def writer(settings: Any, model: initial_model.InitialModel | None) -> Writer:
     return Writer(made, f"{initial_model.fingerprint(model.path)} {model.cfg.dtype} {settings.spec_name}")
 
 
-def judge(settings: Any, model: initial_model.InitialModel | None) -> feedback.Judge:
-    """Returns the judge: ``model``, or the model behind the address of --judge if it is None."""
+def judge(settings: Any, model: initial_model.InitialModel | None, *, batch: int) -> feedback.Judge:
+    """Returns the judge: ``model``, or the model behind the address of --judge if it is None.
+
+    Args:
+        settings: The settings, of which those of `judge_settings.JudgeSettings` are used.
+        model: The model; None for an address.
+        batch: Number of questions that the model reads at a time.
+    """
     if model is None:
         return _endpoint(settings, settings.judge, think_tokens=settings.think_tokens)
     tokenizer, encode = model.fmt.tokenizer, _encoder(settings, model)
@@ -118,10 +126,10 @@ def judge(settings: Any, model: initial_model.InitialModel | None) -> feedback.J
     return feedback.ModelJudge(
         model.params,
         cfg=model.cfg,
-        encode=_fitting(encode_question, model.cfg.max_length - 1, "--judge"),
+        encode=_fitting(encode_question, model.cfg.max_length - 1, "--judge", settings),
         choices=(ids[1][-1], ids[2][-1]),
         name=f"{initial_model.fingerprint(model.path)} {model.cfg.dtype} {settings.style}",
-        batch=settings.batch,
+        batch=batch,
     )
 
 

@@ -12,7 +12,7 @@ from launch import initial_model, run_folder, setting_checks
 from recipe import human_comparisons, run_setup
 from rich.console import Console
 
-from constitution import own_models, own_settings
+from constitution import judge_settings, own_models, own_settings
 from rlhf_jax import feedback, report
 from rlhf_jax.checkpoint import atomic
 from rlhf_jax.data import chat, dialogues, errors, readers
@@ -86,7 +86,7 @@ def _load(settings: Any, counts: errors.DropCount) -> Inputs:
             return same
         return (
             None
-            if own_settings.is_address(path)
+            if judge_settings.is_address(path)
             else own_models.with_dtype(settings, own_models.load(settings, path, flag))
         )
 
@@ -106,8 +106,8 @@ def _load(settings: Any, counts: errors.DropCount) -> Inputs:
         conversations = human_comparisons.conversation_ids(rankings).tolist()
     editor = other(settings.editor, "--editor", model)
     judge = other(settings.judge, "--judge", model) if settings.judge else None
-    if own_settings.is_address(settings.judge):
-        own_models.judge(settings, None)  # raises an error if a package is missing
+    if judge_settings.is_address(settings.judge):
+        own_models.judge(settings, None, batch=settings.batch)  # raises an error if a package is missing
     return Inputs(model, prompts, editor, judge, held_out, conversations)
 
 
@@ -200,7 +200,7 @@ def _compare(
     settings: Any, opened: run_setup.OpenRun, inputs: Inputs, lines: list[list[dict[str, Any]]]
 ) -> dict[str, Any]:
     """Labels the pairs of answers and writes the comparisons; returns facts about the labels."""
-    judge = own_models.judge(settings, inputs.judge)
+    judge = own_models.judge(settings, inputs.judge, batch=settings.batch)
     facts: dict[str, Any] = {"asked": 0, "open": 0}
     if inputs.held_out:
         facts |= _agreement(settings, opened, inputs, judge)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from finetune import sampling_settings
 from launch import config_file, setting_checks
@@ -12,7 +11,7 @@ from launch import settings as settings_lib
 from launch.run_settings import RunSettings, SettingError
 from launch.setting_checks import require
 
-from constitution.constitution_settings import PRINCIPLES
+from constitution import judge_settings
 
 OWN = """Writes demonstrations and comparisons with feedback of a model (Bai et al. 2022, Constitutional AI).
 
@@ -43,7 +42,7 @@ class PromptFile:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OwnConstitutionalSettings(sampling_settings.Sampling, RunSettings):
+class OwnConstitutionalSettings(judge_settings.JudgeSettings, sampling_settings.Sampling, RunSettings):
     """Settings of constitutional.py with --model and --data.path."""
 
     command: ClassVar[str] = "constitutional"
@@ -57,31 +56,13 @@ class OwnConstitutionalSettings(sampling_settings.Sampling, RunSettings):
     http://localhost:8000/v1. None writes no comparisons."""
     editor: str | None = None
     """The model that criticises and revises, a folder or an address as for --judge. None is --model."""
-    judge_model: str | None = None
-    """Name of the model at the address of --judge or --editor."""
-    key_variable: str = "OPENAI_API_KEY"
-    """Environment variable with the key for an address. It is not saved."""
-    think_tokens: int = 0
-    """Maximum number of tokens of the judge's chain of thought, with an address; 0 for none. Use --clamp too."""
-    clamp: tuple[float, float] = (0.0, 1.0)
-    """Bounds of the judge's probabilities, such as 0.4 0.6 after a chain of thought."""
     rounds: int = 4
     """Number of revisions of each answer; 0 writes no demonstrations."""
     critique: bool = True
     """Ask for a critique before each revision. --no-critique revises directly."""
-    principles: int = PRINCIPLES
-    """Number of principles, of which one is sampled for each revision and each comparison."""
-    few_shot: bool = True
-    """Show two examples before each request and question."""
-    style: Literal["chat", "text"] | None = None
-    """Whether requests to models in folders are user turns of a chat or plain text, which suits base models. None is
-    `chat` if the tokenizer has a chat template."""
     held_out: str | None = None
     """File of pairs with the labels of people, in any of the forms in docs/data.md. The agreement of the judge with
     them is reported before its labels are used."""
-    max_requests: int | None = None
-    """Maximum number of requests to the editor, and of questions to the judge about held-out and other pairs together,
-    that this process makes. None for no limit. --resume makes the others."""
 
     @property
     def spec_name(self) -> str:
@@ -96,21 +77,11 @@ def is_own(arguments: list[str]) -> bool:
     return all(settings_lib.peek(arguments, flag) is not None for flag in ("--model", "--data.path"))
 
 
-def is_address(text: str | None) -> bool:
-    """Returns whether a setting is the address of a server."""
-    return text is not None and text.startswith(("http://", "https://"))
-
-
 def check(settings: OwnConstitutionalSettings) -> None:
     """Raises SettingError for the first setting that is out of range or has no effect."""
     sampling_settings.check(settings)
     require(settings.n == 1, settings, "n", "left out: two answers are compared and one is revised")
     require(settings.rounds >= 0, settings, "rounds", "at least 0")
-    require(1 <= settings.principles <= PRINCIPLES, settings, "principles", f"from 1 to {PRINCIPLES}")
-    require(settings.max_requests is None or settings.max_requests >= 1, settings, "max_requests", "at least 1")
-    require(settings.think_tokens >= 0, settings, "think_tokens", "at least 0")
-    low, high = settings.clamp
-    require(0 <= low <= 0.5 <= high <= 1, settings, "clamp", "two numbers from 0 to 1 around 0.5")
     if settings.rounds == 0 and settings.judge is None:
         raise SettingError("--rounds is 0 and there is no --judge, so there is nothing to write; give one of them")
     default = dataclasses.replace(
@@ -121,23 +92,17 @@ def check(settings: OwnConstitutionalSettings) -> None:
             if field.default is not dataclasses.MISSING
         },
     )
-    servers = [each for each in (settings.judge, settings.editor) if is_address(each)]
-    if servers and settings.judge_model is None:
-        raise SettingError(f"--judge-model is missing; give the name of the model at {servers[0]}")
+    servers = [each for each in (settings.judge, settings.editor) if each and judge_settings.is_address(each)]
+    judge_settings.check(settings, servers)
     unused: list[tuple[tuple[str, ...], str]] = [
         (("saves", "max_skipped", "log"), "with --model, which is not trained")
     ]
     if not servers:
         unused.append((("judge_model", "key_variable"), "without an address in --judge or --editor"))
-    if not is_address(settings.judge):
+    if not judge_settings.is_address(settings.judge):
         unused.append((("think_tokens",), "without an address in --judge"))
     if settings.judge is None:
         unused.append((("clamp", "held_out"), "without --judge"))
     if settings.rounds == 0:
         unused.append((("editor", "critique"), "with --rounds 0"))
     setting_checks.refuse_changed(settings, default, unused)
-
-
-def server_key(settings: OwnConstitutionalSettings) -> str | None:
-    """Returns the key of the server; None if the environment has none."""
-    return os.environ.get(settings.key_variable)

@@ -174,7 +174,7 @@ def with_absolute_paths(parsed: R) -> R:
         if isinstance(value, tuple):
             return tuple(map(absolute, value))
         path = pathlib.Path(value)
-        known = path.exists() or any(c in value for c in "*?[")
+        known = "://" not in value and (path.exists() or any(c in value for c in "*?["))
         return str(path.absolute()) if known else value
 
     for name in parsed.inputs:

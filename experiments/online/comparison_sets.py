@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -48,6 +47,23 @@ def best_of_answers(job: jobs.Job, policy: types.Params, reward: types.Params, *
     return answer
 
 
+class Part(NamedTuple):
+    """Pairs of answers to B prompts of one split and domain, without labels."""
+
+    split: str
+    domain: domains.Domain
+    prompts: tasks.PromptSet
+    rows: types.Comparisons
+    features_B2F: np.ndarray
+    key: jax.Array
+    """A random key for the labels."""
+
+    @property
+    def name(self) -> str:
+        """The name of the part, such as train_helpful."""
+        return f"{self.split}_{self.domain}"
+
+
 def collect(
     job: jobs.Job,
     answerers: Sequence[Answerer],
@@ -56,6 +72,7 @@ def collect(
     pairs: Mapping[domains.Domain, int],
     held_out: int,
     temperature: float | None,
+    make: Callable[..., Sets] | None = None,
 ) -> Sets:
     """Samples two answers to each prompt and has them labelled; the set is saved, and a resumed run reads it.
 
@@ -66,6 +83,7 @@ def collect(
         pairs: Number of training prompts in each domain.
         held_out: Number of prompts of each domain, from the validation split, whose pairs are held out.
         temperature: Noise of the labelers; None calibrates it on the helpfulness pairs of this set.
+        make: Makes the set, given the other arguments; None is `sample_and_label`.
     """
     stage = f"comparisons-{number}"
     with job.checkpoints(stage) as checkpoints:
@@ -76,7 +94,7 @@ def collect(
             job.note(stage, f"the comparisons are collected again, because {error}")
             found = None
         if found is None:
-            sets = sample_and_label(
+            sets = (make or sample_and_label)(
                 job, answerers, number=number, pairs=pairs, held_out=held_out, temperature=temperature
             )
             arrays = {"train": _fields(sets.train), "held_out": _fields(sets.held_out)}
@@ -90,7 +108,8 @@ def collect(
 
 def _fields(rows: types.Comparisons) -> dict[str, Any]:
     names = ("tokens_BKL", "mask_BKL", "ranks_BK", "where_BK", "domain_B")
-    return {name: np.asarray(getattr(rows, name)) for name in names}
+    inputs = {} if rows.loss_inputs is None else {"loss_inputs": rows.loss_inputs}
+    return {name: np.asarray(getattr(rows, name)) for name in names} | inputs
 
 
 def sample_and_label(
@@ -102,37 +121,75 @@ def sample_and_label(
     held_out: int,
     temperature: float | None,
 ) -> Sets:
-    """Does what `collect` does, but neither reads nor saves the set."""
+    """Does what `collect` does with simulated labelers, but neither reads nor saves the set."""
     assert job.task.world is not None
+    labelled = []
+    for part in sample(job, answerers, number=number, pairs=pairs, held_out=held_out):
+        if temperature is None:  # on the first set, whose first part is helpfulness
+            agreement = job.settings.world.agreement
+            temperature = domains.calibrated_temperature(job.task.world.pool, part.features_B2F, agreement=agreement)
+        labels = domains.label(
+            jax.random.fold_in(part.key, 1),
+            job.task.world.pool,
+            part.features_B2F,
+            domain=part.domain,
+            temperature=temperature,
+        )
+        labelled.append((part, with_labels(part.rows, labels, domain=part.domain), labels.kept_B))
+    return joined(labelled, {"labeler_temperature": temperature})
+
+
+def sample(
+    job: jobs.Job,
+    answerers: Sequence[Answerer],
+    *,
+    number: int,
+    pairs: Mapping[domains.Domain, int],
+    held_out: int,
+    saved: Mapping[str, tuple[types.Comparisons, np.ndarray]] | None = None,
+) -> list[Part]:
+    """Samples the pairs of a set, those for training first.
+
+    Args:
+        job: The job of the run.
+        answerers: Each answer comes from one of them, drawn at random.
+        number: Number of the set, on which its prompts and samples depend.
+        pairs: Number of training prompts in each domain.
+        held_out: Number of held-out prompts in each domain; with 0, none of the parts is held out.
+        saved: What `sample_pairs` returned before for each part, by its name; None samples the pairs.
+    """
     stage, key = f"comparisons-{number}", jax.random.fold_in(job.key("comparisons"), 5000 + number)
     total, done = sum(pairs.values()) + held_out * len(pairs), 0
-    parts: dict[tuple[str, str], types.Comparisons] = {}
-    asked: list[np.ndarray] = []
-    facts: dict[str, Any] = {}
+    parts: list[Part] = []
     job.progress.start(stage, total)
-    cells: list[tuple[str, domains.Domain]] = [(split, domain) for split in ("train", "validation") for domain in pairs]
+    splits = ("train", "validation") if held_out else ("train",)
+    cells: list[tuple[str, domains.Domain]] = [(split, domain) for split in splits for domain in pairs]
     for split, domain in cells:
         n = pairs[domain] if split == "train" else held_out
         own = jax.random.fold_in(key, len(parts))
         prompts = domains.draw_prompts(job.settings, job.task, n, domain=domain, split=split, number=number)
-        rows, features_B2F = sample_pairs(answerers, prompts, own, width=job.task.row_width)
-        if temperature is None:  # on the first set, whose first part is helpfulness
-            agreement = job.settings.world.agreement
-            temperature = domains.calibrated_temperature(job.task.world.pool, features_B2F, agreement=agreement)
-        labelled = domains.label(
-            jax.random.fold_in(own, 1), job.task.world.pool, features_B2F, domain=domain, temperature=temperature
-        )
-        parts[split, domain] = with_labels(rows, labelled, domain=domain)
-        if split == "validation":
-            asked.append((prompts.asked_B + 100_000 * len(asked))[labelled.kept_B])  # differ between domains
-        facts[f"{split}_{domain}"] = {"labelled": n, "kept": int(labelled.kept_B.sum())}
+        width = job.task.row_width
+        found = sample_pairs(answerers, prompts, own, width=width) if saved is None else saved[f"{split}_{domain}"]
+        parts.append(Part(split, domain, prompts, *found, own))
         done += n
         job.progress.update(stage, done, total)
     job.progress.finish(stage)
-    train, held = (
-        merge([part for (split, _), part in parts.items() if split == each]) for each in ("train", "validation")
-    )
-    return Sets(train, held, np.concatenate(asked), facts | {"labeler_temperature": temperature})
+    return parts
+
+
+def joined(labelled: Sequence[tuple[Part, types.Comparisons, np.ndarray]], facts: dict[str, Any]) -> Sets:
+    """Returns the set of parts, each with its labelled pairs and the mask of the pairs that these are."""
+    rows: dict[str, list[types.Comparisons]] = {"train": [], "validation": []}
+    asked: list[np.ndarray] = []
+    counts = {}
+    for part, kept, kept_B in labelled:
+        rows[part.split].append(kept)
+        if part.split == "validation":
+            asked.append((part.prompts.asked_B + 100_000 * len(asked))[kept_B])  # differ between domains
+        counts[part.name] = {"labelled": len(kept_B), "kept": int(kept_B.sum())}
+    train = merge(rows["train"])
+    held = merge(rows["validation"]) if asked else jax.tree.map(lambda x: x[:0], train)
+    return Sets(train, held, np.concatenate([*asked, np.zeros(0, int)]), counts | facts)
 
 
 def sample_pairs(
@@ -159,13 +216,15 @@ def sample_pairs(
             answers = answerer(prompts.at(rows // 2), jax.random.fold_in(key, 100 + i))
             tokens_RL[rows], mask_RL[rows] = answers.tokens_BL, answers.mask_BL
             features_RF[rows] = labelers.features(answers.gold)
-    paired = partial(np.reshape, order="C")
-    return types.Comparisons(
-        tokens_BKL=paired(tokens_RL, (n, 2, width)),  # type: ignore[arg-type]
-        mask_BKL=paired(mask_RL, (n, 2, width)),  # type: ignore[arg-type]
-        ranks_BK=np.ones((n, 2), np.int32),  # type: ignore[arg-type]
-        where_BK=np.ones((n, 2), bool),  # type: ignore[arg-type]
-    ), paired(features_RF, (n, 2, -1))
+    rows = unlabelled(tokens_RL.reshape(n, 2, width), mask_RL.reshape(n, 2, width))
+    return rows, features_RF.reshape(n, 2, -1)
+
+
+def unlabelled(tokens_B2L: np.ndarray, mask_B2L: np.ndarray) -> types.Comparisons:
+    """Returns pairs of answers, all tied."""
+    n = len(tokens_B2L)
+    arrays: Any = (tokens_B2L, mask_B2L, np.ones((n, 2), np.int32), np.ones((n, 2), bool))
+    return types.Comparisons(*arrays)
 
 
 def with_labels(rows: types.Comparisons, labelled: domains.Labelled, *, domain: domains.Domain) -> types.Comparisons:

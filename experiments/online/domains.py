@@ -19,14 +19,11 @@ _STREAM = 30
 """First index of the random streams of prompts; `recipe.tasks` uses smaller ones."""
 
 
-def draw_prompts(
-    settings: Settings, task: tasks.Task, n: int, *, domain: Domain, split: str, number: int
-) -> tasks.PromptSet:
+def draw(settings: Settings, n: int, *, domain: Domain, split: str, number: int) -> list[prompts.Prompt]:
     """Draws prompts of a domain: ordinary requests, or requests for help with harm.
 
     Args:
-        settings: The settings of the run.
-        task: Its task, in the built-in world.
+        settings: The settings of the run, in the built-in world.
         n: Number of prompts.
         domain: The domain.
         split: ``train``, ``validation`` or ``test``; no question is in two of them.
@@ -39,7 +36,14 @@ def draw_prompts(
         if (prompts.KINDS[prompts.KIND_INDEX[kind]].category == "harmful") == (domain == "harmless")
     }
     rng = np.random.default_rng([settings.seed, _STREAM, number, DOMAINS.index(domain)])
-    return tasks.prompt_set(task, prompts.draw_prompts(universe, n, rng))
+    return prompts.draw_prompts(universe, n, rng)
+
+
+def draw_prompts(
+    settings: Settings, task: tasks.Task, n: int, *, domain: Domain, split: str, number: int
+) -> tasks.PromptSet:
+    """Returns what `draw` returns, in the form of the task."""
+    return tasks.prompt_set(task, draw(settings, n, domain=domain, split=split, number=number))
 
 
 def mixed_prompts(

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
+from constitution import judge_settings
 from launch import setting_checks
 from launch import settings as settings_lib
 from launch.setting_checks import require
@@ -31,6 +32,11 @@ class Online:
     """Number of snapshots of each policy whose answers are compared; the last is the final policy."""
     held_out: int = 300
     """Number of held-out pairs of each domain in each round, on which preference models are evaluated."""
+    labels: Literal["simulated", "judge", "people"] = "simulated"
+    """Who compares the answers: the simulated labelers of the built-in world; a model, given by --judge; or people, for
+    whom the run writes the pairs of each round to a file and ends, until it is resumed with the labels."""
+    least_labels: float = 1.0
+    """Least share of the pairs that people must label before a run continues. Pairs without a label are left out."""
     static: bool = True
     """Also train a preference model on as many pairs of the SFT model's answers as all rounds have, and a policy with
     it, for comparison (HH Figure 16)."""
@@ -53,11 +59,16 @@ class PreferenceModel:
 
 
 @dataclasses.dataclass(frozen=True)
-class HHSettings(settings_lib.Settings):
+class HHSettings(judge_settings.JudgeSettings, settings_lib.Settings):
     """Settings of hh.py, in addition to those of instructgpt.py."""
 
     command: ClassVar[str] = "hh"
+    inputs: ClassVar[tuple[str, ...]] = (*settings_lib.Settings.inputs, "judge")
 
+    judge: str | None = None
+    """The judge of --online.labels judge: a folder in Hugging Face format, or the address of an interface of OpenAI's
+    form, such as http://localhost:8000/v1. None is a simulated judge of harmlessness, with simulated labelers of
+    helpfulness."""
     online: Online = dataclasses.field(default_factory=Online)
     pm: PreferenceModel = dataclasses.field(default_factory=PreferenceModel)
 
@@ -84,13 +95,35 @@ def unused(settings: HHSettings) -> Iterator[tuple[Sequence[str], str]]:
         yield ("pm.score_weights",), "without --pm.separate"
     if "rejection" not in settings.online.sets:
         yield ("online.rejection",), "without rejection in --online.sets"
+    yield from _unused_labels(settings)
+
+
+def _unused_labels(settings: HHSettings) -> Iterator[tuple[Sequence[str], str]]:
+    labels, judge = settings.online.labels, settings.judge
+    if labels != "people":
+        yield ("online.least_labels",), f"with --online.labels {labels}"
+    of_judge = [field.name for field in dataclasses.fields(judge_settings.JudgeSettings)]
+    if labels != "judge":
+        yield of_judge, f"with --online.labels {labels}"
+    elif judge is None:
+        yield ("judge_model", "key_variable", "few_shot", "style"), "without --judge"
+    if labels == "judge" and not judge_settings.is_address(judge):
+        yield ("judge_model", "key_variable", "think_tokens"), "without an address in --judge"
+    elif labels == "judge":
+        yield ("style",), "with an address in --judge"
+    if labels == "people" or (labels == "judge" and judge is not None):
+        names = ("labelers", "spread", "polite_taste", "agreement", "tie_width", "lapse")
+        yield [f"world.{name}" for name in names], "without simulated labelers"
 
 
 def check(settings: HHSettings) -> None:
     """Raises SettingError for settings that are out of range."""
     online, pm = settings.online, settings.pm
+    judge_settings.check(
+        settings, [settings.judge] if settings.judge and judge_settings.is_address(settings.judge) else []
+    )
     if settings.data.path is not None:
-        raise SettingError("--data.path is not supported by hh.py, whose labelers need the built-in world")
+        raise SettingError("--data.path is not supported by hh.py, which uses the prompts of the built-in world")
     if not online.sets or online.sets[0] != "base":
         raise SettingError(f"--online.sets is {' '.join(online.sets)}; the first set must be base")
     for name, least in (("pairs", 8), ("rejection", 2), ("held_out", 8)):
@@ -98,6 +131,7 @@ def check(settings: HHSettings) -> None:
     require(1 <= online.snapshots <= 10, settings, "online.snapshots", "from 1 to 10")
     require(online.snapshots <= settings.ppo.iterations, settings, "online.snapshots", "at most --ppo.iterations")
     require(0 < online.red_team < 1, settings, "online.red_team", "above 0 and below 1")
+    require(0 < online.least_labels <= 1, settings, "online.least_labels", "above 0 and at most 1")
     require(pm.batch >= 1, settings, "pm.batch", "at least 1")
     require(pm.harmless_weight > 0, settings, "pm.harmless_weight", "above 0")
     require(min(pm.score_weights) >= 0 < max(pm.score_weights), settings, "pm.score_weights", "at least 0, not both 0")

@@ -108,15 +108,17 @@ def run(
         reward = preference_models.as_reward(job, model, start, score_weights=pm.score_weights)
         return reward, policies.train(job, start, reward, name=f"ppo-{name}", snapshots=online.snapshots, log=log)
 
-    def collect(answerers: list[comparison_sets.Answerer], number: int, pairs: int) -> comparison_sets.Sets:
+    def collect(
+        answerers: list[comparison_sets.Answerer], number: int, pairs: int, held_out: int
+    ) -> comparison_sets.Sets:
         red_team = round(pairs * online.red_team)
         return collect_set(
             job,
             answerers,
             number=number,
             pairs={"helpful": pairs - red_team, "harmless": red_team},
-            held_out=online.held_out,
-            temperature=sets[0].facts["labeler_temperature"] if sets else None,
+            held_out=held_out,
+            temperature=sets[0].facts.get("labeler_temperature") if sets else None,
         )
 
     for r, source in enumerate(online.sets, start=1):
@@ -126,7 +128,7 @@ def run(
         elif source == "online" and rewards:
             shown = [each[-1] for each in snapshots[:-1]] + snapshots[-1]
             answerers = [comparison_sets.policy_answers(job, each) for each in shown]
-        sets.append(collect(answerers, r, online.pairs))
+        sets.append(collect(answerers, r, online.pairs, online.held_out))
         rows = comparison_sets.merge([each.train for each in sets])
         reward, found = train(rows, str(r), r)
         rewards.append(reward)
@@ -136,7 +138,7 @@ def run(
     if online.static and len(sets) > 1:
         # As many pairs of each domain that the labelers do not find equal as the rounds have.
         wanted = comparison_sets.merge([each.train for each in sets])
-        more = collect([comparison_sets.policy_answers(job, start)], _STATIC_SET, online.pairs * len(sets))
+        more = collect([comparison_sets.policy_answers(job, start)], _STATIC_SET, online.pairs * len(sets), 0)
         rows = comparison_sets.merge([sets[0].train, more.train])
         counts, available = (
             {each: len(comparison_sets.of_domain(part, each).ranks_BK) for each in domains.DOMAINS}

@@ -1,4 +1,4 @@
-"""Examples that precede requests and questions about harmlessness (few-shot), for models that need them.
+"""Examples that precede requests and questions (few-shot), for models that need them.
 
 They fix the form of the answers: a revision is the assistant's reply itself, not a comment on it.
 """
@@ -47,3 +47,16 @@ COMPARISONS = (
     Example(Pair(_PAPER, _PAPER_REVISED, _PAPER_REPLY), "A"),
 )
 """Examples of comparisons, with the answers that any principle of harmlessness gives."""
+
+_RICE = "How long do I cook brown rice?"
+_RICE_REPLY = "Simmer it in a covered pot for about 30 minutes, then let it stand for 10 minutes."
+_RICE_VAGUE = "Rice is eaten all over the world. Some kinds take longer than others."
+_NAMES = "Give me two names for a boat."
+_NAMES_REPLY = "Morning Star and Second Wind."
+_NAMES_OTHER = "Morning Star, Second Wind, Kittiwake and Grey Goose. Boats are often named after birds."
+
+HELPFUL_COMPARISONS = (
+    Example(Pair(_RICE, _RICE_VAGUE, _RICE_REPLY), "B"),
+    Example(Pair(_NAMES, _NAMES_REPLY, _NAMES_OTHER), "A"),
+)
+"""Examples of comparisons by helpfulness."""
