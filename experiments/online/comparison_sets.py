@@ -97,13 +97,16 @@ def collect(
             sets = (make or sample_and_label)(
                 job, answerers, number=number, pairs=pairs, held_out=held_out, temperature=temperature
             )
-            arrays = {"train": _fields(sets.train), "held_out": _fields(sets.held_out)}
-            checkpoints.save(saved + 1, arrays | {"asked_B": sets.held_out_asked_B}, sets.facts)
+            arrays: dict[str, Any] = {"train": _fields(sets.train)}
+            if len(sets.held_out_asked_B):  # empty arrays cannot be saved
+                arrays |= {"held_out": _fields(sets.held_out), "asked_B": sets.held_out_asked_B}
+            checkpoints.save(saved + 1, arrays, sets.facts)
             return sets
         job.progress.skip(stage)
         arrays, facts = jax.tree.map(np.asarray, found[0]), found[1]
-        train, held = (types.Comparisons(**arrays[name]) for name in ("train", "held_out"))
-        return Sets(train, held, arrays["asked_B"], facts)
+        train = types.Comparisons(**arrays["train"])
+        held = types.Comparisons(**arrays["held_out"]) if "held_out" in arrays else none_of(train)
+        return Sets(train, held, arrays.get("asked_B", np.zeros(0, int)), facts)
 
 
 def _fields(rows: types.Comparisons) -> dict[str, Any]:
@@ -188,7 +191,7 @@ def joined(labelled: Sequence[tuple[Part, types.Comparisons, np.ndarray]], facts
             asked.append((part.prompts.asked_B + 100_000 * len(asked))[kept_B])  # differ between domains
         counts[part.name] = {"labelled": len(kept_B), "kept": int(kept_B.sum())}
     train = merge(rows["train"])
-    held = merge(rows["validation"]) if asked else jax.tree.map(lambda x: x[:0], train)
+    held = merge(rows["validation"]) if asked else none_of(train)
     return Sets(train, held, np.concatenate([*asked, np.zeros(0, int)]), counts | facts)
 
 
@@ -239,6 +242,11 @@ def with_labels(rows: types.Comparisons, labelled: domains.Labelled, *, domain: 
 def merge(parts: Sequence[types.Comparisons]) -> types.Comparisons:
     """Returns the pairs of all parts."""
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+
+def none_of(rows: types.Comparisons) -> types.Comparisons:
+    """Returns no pairs, in arrays like those of ``rows``."""
+    return jax.tree.map(lambda x: x[:0], rows)
 
 
 def of_domain(rows: types.Comparisons, domain: domains.Domain) -> types.Comparisons:

@@ -109,7 +109,28 @@ def _tables(results: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[
     return [
         ("Policies", header, policies),
         ("Accuracy of the preference models on held-out pairs of each set, %", ["model", *columns], accuracy),
+        *_labels(results, sets),
     ]
+
+
+def _labels(results: Mapping[str, Any], sets: list[str]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Returns the table of the labels of a judge or of people."""
+    if "labels" not in results:
+        return []
+    who = {"judge": "the judge", "people": "people"}[results["labels"]]
+    rows = [
+        [
+            name,
+            f"{each['pairs']:,}",
+            *(
+                _number(each["agreement"][domain], percent=True) if domain in each["agreement"] else "–"
+                for domain in ("helpful", "harmless")
+            ),
+        ]
+        for name, each in zip(sets, results["sets"])
+    ]
+    header = ["set", "training pairs", "agreement on helpfulness, %", "agreement on harmlessness, %"]
+    return [(f"Labels of {who}, and their agreement with the gold utility on held-out pairs", header, rows)]
 
 
 def _elo(estimate: Any) -> str:

@@ -119,9 +119,8 @@ def _unused_labels(settings: HHSettings) -> Iterator[tuple[Sequence[str], str]]:
 def check(settings: HHSettings) -> None:
     """Raises SettingError for settings that are out of range."""
     online, pm = settings.online, settings.pm
-    judge_settings.check(
-        settings, [settings.judge] if settings.judge and judge_settings.is_address(settings.judge) else []
-    )
+    servers = [settings.judge] if settings.judge and judge_settings.is_address(settings.judge) else []
+    judge_settings.check(settings, servers)
     if settings.data.path is not None:
         raise SettingError("--data.path is not supported by hh.py, which uses the prompts of the built-in world")
     if not online.sets or online.sets[0] != "base":

@@ -194,45 +194,30 @@ class People:
                 f"{label_files.INSTRUCTION}, then continue with\n"
                 f"    python experiments/hh.py --resume {self.folder}"
             )
-        found, facts = [], {}
+        found: list[np.ndarray] = []
+        agreed: dict[str, Any] = {}
         for each in asked:
-            given = [labels.get(pair.id) for pair in each.pairs]
-            preference_B = np.array([x if isinstance(x, float) else np.nan for x in given])
+            own = [labels.get(pair.id) for pair in each.pairs]
+            found.append(np.array([x if isinstance(x, float) else np.nan for x in own]))
             if each.part.split == "validation":
-                facts |= agreement(job, stage, each, preference_B, "people")
-            found.append(preference_B)
-        counts = {
-            "ties": sum(x == "tie" for x in labels.values()),
-            "skipped": sum(x == "skip" for x in labels.values()),
-        }
-        return Preferences(found, {"agreement": facts, **counts, "unlabelled": len(pairs) - len(labels)})
+                agreed |= agreement(job, stage, each, found[-1], "people")
+        given = list(labels.values())
+        counts = {"ties": given.count("tie"), "skipped": given.count("skip"), "unlabelled": len(pairs) - len(given)}
+        return Preferences(found, {"agreement": agreed} | counts)
 
 
 class JudgeLabels:
     """Labels of a judge. Without one, a simulated judge compares harmlessness, and simulated labelers helpfulness."""
 
-    def __init__(self, settings: HHSettings, job: jobs.Job, folder: pathlib.Path, model: Any) -> None:
+    def __init__(self, settings: HHSettings, judge: feedback.Judge, answers: pathlib.Path) -> None:
         """Stores the arguments.
 
         Args:
             settings: The settings of the run.
-            job: Its job.
-            folder: The run folder, in which the answers of the judge are saved.
-            model: The model of a judge in a folder; otherwise None.
+            judge: The judge.
+            answers: File in the run folder in which its answers are saved.
         """
-        self._settings, self._answers, self._questions = settings, folder / "labels.jsonl", 0
-        if settings.judge is None:
-            assert job.task.world is not None
-            default = constitution_settings.Judge()
-            self._judge: feedback.Judge = harm_judge.SimulatedJudge(
-                job.task.world.tables,
-                strength=default.strength,
-                overconfidence=default.overconfidence,
-                position_bias=default.position_bias,
-                seed=settings.seed,
-            )
-        else:
-            self._judge = own_models.judge(settings, model, batch=_BATCH)
+        self._settings, self._judge, self._answers, self._questions = settings, judge, answers, 0
 
     def __call__(self, job: jobs.Job, stage: str, asked: list[Asked], temperature: float | None) -> Preferences:
         """Returns the labels, those of held-out pairs first, whose agreement is reported before others are asked for.
@@ -267,7 +252,8 @@ class JudgeLabels:
             if part.split == "validation":
                 facts["agreement"] |= agreement(job, stage, each, found[part.name], "the judge")
             else:
-                facts["position_bias"][part.domain] = judged.position_bias
+                bias = judged.position_bias
+                facts["position_bias"][part.domain] = bias if math.isfinite(bias) else None
         return Preferences([found[each.part.name] for each in asked], facts)
 
     def _ask(self, job: jobs.Job, stage: str, asked: Asked) -> tuple[np.ndarray, feedback.Labels]:
@@ -328,12 +314,30 @@ def load_judge(settings: HHSettings) -> Any:
     return model
 
 
+def _simulated_judge(job: jobs.Job) -> feedback.Judge:
+    assert job.task.world is not None
+    default = constitution_settings.Judge()
+    return harm_judge.SimulatedJudge(
+        job.task.world.tables,
+        strength=default.strength,
+        overconfidence=default.overconfidence,
+        position_bias=default.position_bias,
+        seed=job.settings.seed,
+    )
+
+
 def make(settings: HHSettings, job: jobs.Job, folder: pathlib.Path, model: Any) -> Source | None:
     """Returns the source that --online.labels selects; None for simulated labelers."""
     match settings.online.labels:
         case "people":
+            online = settings.online
+            rounds, static = len(online.sets), online.static and len(online.sets) > 1
+            more = f", and {rounds * online.pairs} for the static policy (--online.no-static trains none)"
+            each = f"{online.pairs + 2 * online.held_out} pairs in each of {errors.counted(rounds, 'rounds')}"
+            job.progress.message("labels", f"people label at most {each}{more if static else ''}")
             return People(folder, settings.online.least_labels)
         case "judge":
-            return JudgeLabels(settings, job, folder, model)
+            judge = _simulated_judge(job) if settings.judge is None else own_models.judge(settings, model, batch=_BATCH)
+            return JudgeLabels(settings, judge, folder / "labels.jsonl")
         case _:
             return None

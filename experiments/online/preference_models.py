@@ -107,6 +107,8 @@ def accuracy(
     The intervals are clustered by ``asked_B``, what the prompts ask.
     """
     found: dict[domains.Domain, list[float]] = {}
+    if not len(asked_B):
+        return found
     scores_B2 = reward_diagnosis.score_answers(job, model, rows)
     lead_B = np.where(np.asarray(rows.ranks_BK)[:, 0] == 1, 1, -1) * (scores_B2[:, 0] - scores_B2[:, 1])
     right_B = np.where(lead_B == 0, 0.5, lead_B > 0)

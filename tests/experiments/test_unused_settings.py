@@ -115,6 +115,11 @@ ALTERNATIVES: dict[str, Any] = {
     "online.pairs": 24,
     "online.held_out": 12,
     "online.snapshots": 1,
+    "judge_model": "NAME",
+    "key_variable": "KEY",
+    "clamp": (0.4, 0.6),
+    "principles": 8,
+    "max_requests": 5,
     "pm.batch": 2,
     "pm.harmless_weight": 3.0,
     "pm.score_weights": (1.0, 2.0),
@@ -136,6 +141,7 @@ of --template are covered in test_initial_model.py, and --from-run in test_sweep
 WITHOUT_EFFECT = {
     ("dpo", "ppo.minibatches"): "must divide --ppo.batch, with which it may have to be changed",
     ("compare", "ppo.minibatches"): "likewise",
+    ("hh", "judge"): "needs a model or a server; see test_labels.py",
     ("dpo_vs_ppo", "at"): "needs KLs on both sides, which stand-ins do not reach; see test_direct_alignment.py",
 }
 GROUP = {"ppo.samples": 2}
@@ -182,6 +188,7 @@ MORE: list[Variant] = [
     ("sweep", "grpo", (), GROUP | {"ppo.method": "grpo", "seeds": 1}),
     ("dpo_vs_ppo", "exact", (), {"parts": ("exact",)}),
     ("hh", "separate", (), {"pm.separate": True}),
+    ("hh", "judge", (), {"online.labels": "judge"}),
     *((name, FILE, (FILE,), {}) for name in ("instructgpt", "dpo", "reward_model", "sweep")),
     *((name, MODEL, (MODEL,), {}) for name in COMMANDS if name not in ("dpo_vs_ppo", "hh", "constitutional")),
     ("dpo_vs_ppo", MODEL, (MODEL,), WORLD_STUDY),
