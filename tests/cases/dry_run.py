@@ -319,6 +319,23 @@ _LOAD = initial_model.load
 
 
 @contextlib.contextmanager
+def without_training(record: Observed) -> Iterator[None]:
+    """Replaces training, sampling and scoring while the block runs; files are written as usual."""
+    replaced = [
+        (loop, "fit", _fake_fit(record)),
+        (policy_sampling.Sampler, "__call__", _fake_answers(record)),
+        (policy_sampling.Sampler, "score", _fake_score(record)),
+        (parallel.JitStep, "__call__", _fake_call(record)),
+        (prompts, "split_prompts", _shared_split),
+        (jax, "jit", _shared_jit),
+    ]
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in replaced:
+            stack.enter_context(mock.patch.object(owner, name, value))
+        yield
+
+
+@contextlib.contextmanager
 def stand_ins(record: Observed, folder: pathlib.Path) -> Iterator[None]:
     """Replaces everything that is slow or writes files while the block runs."""
 
@@ -330,16 +347,11 @@ def stand_ins(record: Observed, folder: pathlib.Path) -> Iterator[None]:
         record.add(f"save {pathlib.Path(path).name}", cfg, params, options)
 
     replaced = [
-        (loop, "fit", _fake_fit(record)),
-        (policy_sampling.Sampler, "__call__", _fake_answers(record)),
-        (policy_sampling.Sampler, "score", _fake_score(record)),
-        (parallel.JitStep, "__call__", _fake_call(record)),
         (precompile, "in_background", lambda *_, **__: contextlib.nullcontext()),
         (run_folder, "create", create),
         (run_folder.RunFolder, "write_json", lambda *_: None),
         (run_folder, "write_json", lambda *_: None),
         (run_folder.RunFolder, "checkpoints", lambda *_: _Quiet()),
-        (prompts, "split_prompts", _shared_split),
         (initial_model, "load", lambda path, **_: _model(path)),
         (metrics, "read", lambda *_: []),
         (metrics, "MetricLog", lambda *_: _Quiet()),
@@ -354,9 +366,8 @@ def stand_ins(record: Observed, folder: pathlib.Path) -> Iterator[None]:
         (frontier_plot, "write_methods", lambda *_, **__: None),
         (lm, "save", save),
         (time, "strftime", lambda *_: "TIME"),
-        (jax, "jit", _shared_jit),
     ]
-    with contextlib.ExitStack() as stack:
+    with without_training(record), contextlib.ExitStack() as stack:
         for owner, name, value in replaced:
             stack.enter_context(mock.patch.object(owner, name, value))
         yield

@@ -1,11 +1,13 @@
 """Labels of hh.py from people, who fill in a file between two starts of the run, and from a judge."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
 import types as types_lib
 from typing import Any
 
+import dry_run
 import hh
 import jax
 import killed_run
@@ -233,45 +235,52 @@ ARGUMENTS = ["--preset", "smoke", *(text for name, value in TINY.items() for tex
 PEOPLE = [*ARGUMENTS, "--online.labels", "people", "--online.no-static", "--online.sets", "base", "online"]
 
 
+ANSWERS = ("response_a", "response_b")
+
+
 def gold_labelled(path: pathlib.Path) -> None:
-    """Labels a file by the gold utility of its texts, in the place of people."""
+    """Labels a file by the gold utility of its texts, then by their length, in the place of people."""
     rows = rows_of(path)
     tables = gold.make_tables(world_lib.make_world(hh_settings.HHSettings().seed))
     turns = [[(turn["role"], turn["content"]) for turn in row["prompt"]] for row in rows]
     ids = [prompts.prompt_tokens(each) for each in turns]
     prompts_BP, _ = padding.pad_prompts(ids, width=prompts.PROMPT_WIDTH, pad_id=0)
     worth = []
-    for name in ("response_a", "response_b"):
+    for name in ANSWERS:
         ids = [prompts.answer_tokens(row[name])[: prompts.RESPONSE_WIDTH] for row in rows]
         words_BT = np.array([[*each, *[0] * (prompts.RESPONSE_WIDTH - len(each))] for each in ids], np.int32)
         mask_BT = np.arange(prompts.RESPONSE_WIDTH) < np.array([len(each) for each in ids])[:, None]
         worth.append(world_words.gold_utility(tables, prompts_BP, words_BT, mask_BT))
     for i, row in enumerate(rows):
-        a, b = (float(getattr(each, row["domain"])[i]) for each in worth)
+        a, b = ((float(getattr(each, row["domain"])[i]), -len(row[name])) for each, name in zip(worth, ANSWERS))
         row["preference"] = "tie" if a == b else "A" if a > b else "B"
     write_rows(path, rows)
 
 
-def test_a_run_continues_with_the_labels_of_people_as_if_it_had_never_stopped(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("trained", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_run_continues_with_the_labels_of_people_as_if_it_had_never_stopped(tmp_path, monkeypatch, capsys, trained):
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
-    hh.main(["--out", str(stopped), *PEOPLE])
-    for r in (1, 2):
-        path = stopped / f"pairs-{r}.jsonl"
-        printed = capsys.readouterr().out
-        assert f"{path}: 0 of {len(rows_of(path))} pairs have a label" in printed
-        assert f"python experiments/hh.py --resume {stopped}" in printed and not (stopped / "results.json").exists()
-        gold_labelled(path)
-        hh.main(["--resume", str(stopped)])
-    write = label_files.write_pairs
-    monkeypatch.setattr(label_files, "write_pairs", lambda path, pairs: (write(path, pairs), gold_labelled(path)))
-    hh.main(["--out", str(whole), *PEOPLE])
+    with contextlib.nullcontext() if trained else dry_run.without_training(dry_run.Observed()):
+        hh.main(["--out", str(stopped), *PEOPLE])
+        for r in (1, 2):
+            path = stopped / f"pairs-{r}.jsonl"
+            printed = capsys.readouterr().out
+            assert f"{path}: 0 of {len(rows_of(path))} pairs have a label" in printed
+            assert f"python experiments/hh.py --resume {stopped}" in printed
+            assert not (stopped / "results.json").exists()
+            gold_labelled(path)
+            hh.main(["--resume", str(stopped)])
+        write = label_files.write_pairs
+        monkeypatch.setattr(label_files, "write_pairs", lambda path, pairs: (write(path, pairs), gold_labelled(path)))
+        hh.main(["--out", str(whole), *PEOPLE])
     results = killed_run.results_of(stopped)
     assert results == killed_run.results_of(whole) and results["labels"] == "people"
-    for name in ("metrics.jsonl", "policy/model.safetensors", "pairs-2.jsonl"):
+    for name in ("policy/model.safetensors", "pairs-2.jsonl"):
         assert (stopped / name).read_bytes() == (whole / name).read_bytes()
     for each in results["sets"]:
-        assert all(agreed[0] == 1 for agreed in each["agreement"].values()) and each["unlabelled"] == 0
-        assert each["pairs"] == each["train_helpful"]["kept"] + each["train_harmless"]["kept"]
+        assert each["agreement"] and all(agreed[0] > 0.5 for agreed in each["agreement"].values())
+        assert each["pairs"] == each["train_helpful"]["kept"] + each["train_harmless"]["kept"] > 0
+        assert each["unlabelled"] == each["skipped"] == 0
     assert list(results["elo"]["overall"]) == ["SFT", "round 1", "round 2"]
     assert "labels of people" in (stopped / "report.html").read_text()
 
