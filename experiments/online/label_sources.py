@@ -186,7 +186,7 @@ class People:
         if not path.exists():
             label_files.write_pairs(path, [pairs[i] for i in order])
         labels = label_files.read_labels(path, pairs)
-        needed = math.ceil(self.least * len(pairs))
+        needed = math.ceil(self.least * len(pairs) - 1e-9)  # 0.7 * 10 is more than 7
         if len(labels) < needed:
             share = "" if needed == len(pairs) else f" (at least {needed} are needed)"
             raise Waiting(
