@@ -163,7 +163,7 @@ def agreement(job: jobs.Job, stage: str, asked: Asked, preference_B: np.ndarray,
         f"(95 % interval {found.lo:.1%} to {found.hi:.1%})"
     )
     job.progress.message(stage, text)
-    if found.lo <= 0.5:
+    if found.lo <= 0.5 and who == "the judge":
         job.note(stage, f"{text}, which may be no better than chance")
     return {asked.part.domain: list(found)}
 
