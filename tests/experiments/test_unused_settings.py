@@ -310,9 +310,11 @@ def check_changes(variant: Variant, inputs: Any, *, only: Any = lambda name: Tru
     before = dry_run.observe(command, arguments, base, inputs[0])
     without_effect = []
     for name in setting_checks.field_names(made):
-        changes = base | {name: alternative(made, name)} if not covered_elsewhere(variant[0], name) else {}
-        skipped = not changes or name in base or (variant[0], name) in WITHOUT_EFFECT or not only(name)
-        if not skipped and not is_refused(command, arguments, changes, name):
+        elsewhere = covered_elsewhere(variant[0], name) or (variant[0], name) in WITHOUT_EFFECT
+        if elsewhere or name in base or not only(name):
+            continue
+        changes = base | {name: alternative(made, name)}
+        if not is_refused(command, arguments, changes, name):
             without_effect += [] if has_effect(command, arguments, changes, name, before, inputs[0]) else [name]
     assert not without_effect
 

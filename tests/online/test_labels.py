@@ -282,7 +282,7 @@ def test_a_run_continues_with_the_labels_of_people_as_if_it_had_never_stopped(tm
         assert each["pairs"] == each["train_helpful"]["kept"] + each["train_harmless"]["kept"] > 0
         assert each["unlabelled"] == each["skipped"] == 0
     assert list(results["elo"]["overall"]) == ["SFT", "round 1", "round 2"]
-    assert "labels of people" in (stopped / "report.html").read_text()
+    assert "Labels of people" in (stopped / "report.html").read_text()
 
 
 JUDGE = [*ARGUMENTS, "--online.labels", "judge", "--online.sets", "base", "online"]
