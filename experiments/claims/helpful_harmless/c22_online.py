@@ -6,7 +6,7 @@ static policy has as many pairs, all of answers of the SFT model. The Elo score 
 harmful held-out prompts. The accuracy of the last preference model is measured on held-out pairs of each set.
 
 After a first verdict with the seeds 0 to 4, models of two layers and a width of 64 and the usual KL coefficient, 0.055,
-replaced those of most claims and a coefficient of 0.01. They were chosen with the seeds 100 to 102. Before that, the
+replaced those of most claims and a coefficient of 0.01. They were chosen with the seeds 100 and 101. Before that, the
 gain was 31 Elo points (-86 to 148), and the preference model was more accurate on the pairs of online policies than on
 those by rejection sampling, by 0.022 (-0.012 to 0.057).
 """
