@@ -19,6 +19,7 @@ from recipe import world_words
 
 from rlhf_jax import feedback
 from rlhf_jax.data import errors, padding
+from rlhf_jax.feedback import few_shot
 from rlhf_jax.simulation import gold, prompts
 from rlhf_jax.simulation import world as world_lib
 
@@ -195,12 +196,22 @@ def test_a_judge_labels_held_out_pairs_first_and_is_asked_once(job, tmp_path):
     assert job.printed[0].startswith("the judge agrees with 100.0% of 3 held-out gold labels of helpfulness")
 
 
+def test_the_agreement_is_reported_before_training_pairs_are_judged(job, tmp_path):
+    parts = [asked(domain="helpful"), asked(), asked("validation", "helpful"), asked("validation")]
+    source = label_sources.JudgeLabels(judge_settings(max_requests=12), StubJudge(), tmp_path / "labels.jsonl")
+    with pytest.raises(label_sources.Waiting):
+        source(job, "comparisons-1", parts, None)
+    assert sum(line.startswith("the judge agrees") for line in job.printed) == 2
+
+
 def test_the_questions_of_a_judge_fit_the_domain(job, tmp_path):
     judge = StubJudge()
     source = label_sources.JudgeLabels(judge_settings(), judge, tmp_path / "labels.jsonl")
     source(job, "comparisons-1", [asked(domain="helpful"), asked()], None)
     helpful, harmless = judge.questions[:6], judge.questions[6:]
     assert all(text.count(label_sources.HELPFULNESS) == 3 for text in helpful), "two examples and the question"
+    for questions, examples in ((helpful, few_shot.HELPFUL_COMPARISONS), (harmless, few_shot.COMPARISONS)):
+        assert all(examples[0].pair.prompt in text for text in questions)
     known = {each.question for each in feedback.HARMLESSNESS}
     assert all(any(text.count(each) == 3 for each in known) for text in harmless)
 
