@@ -109,8 +109,8 @@ def connect(path: str | os.PathLike[str], *, read_only: bool, timeout: float) ->
         try:
             version = _version(db, path)
         except sqlite3.OperationalError:
-            # Reading needs a file for shared memory beside the store. Where none can be made, such as on a read-only
-            # disk, nobody writes either, so that the file can be read alone if its log was merged into it.
+            # SQLite creates a shared-memory file beside a store even to read it, which fails on a read-only disk.
+            # Nobody writes there, so the file can be opened as immutable, unless changes remain in its log.
             if not read_only or path.with_name(path.name + "-wal").exists():
                 raise
             db.close()
