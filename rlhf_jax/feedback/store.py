@@ -64,6 +64,14 @@ class Assignment(NamedTuple):
         return judgements.shown_order(self.seed, len(self.item.completions))
 
 
+class Progress(NamedTuple):
+    """Numbers of items of a set, from the view of one labeler."""
+
+    judged: int
+    left: int
+    """Without hidden duplicates, and without items that have enough judgements."""
+
+
 class Recorded(NamedTuple):
     """A judgement in the store."""
 
@@ -256,6 +264,7 @@ class Store:
         labeler: str,
         *,
         set_name: str,
+        item: str | None = None,
         lease: float = 1800.0,
         max_judgements: int | None = None,
         now: float | None = None,
@@ -268,6 +277,7 @@ class Store:
         Args:
             labeler: Name of the labeler.
             set_name: The set.
+            item: Identifier of an item of the set to assign instead, whatever is open or judged.
             lease: Number of seconds after which an assignment without a judgement expires.
             max_judgements: Items with this number of judgements are not assigned; None for no limit. With 1, no two
                 labelers work on the same item.
@@ -280,10 +290,11 @@ class Store:
         with self.transaction(write=True) as db:
             who = self._labeler(db, labeler, active=True)["number"]
             names = {"who": who, "set": set_name, "now": now, "gap": DUPLICATE_GAP, "most": max_judgements}
-            row = db.execute(store_rows.OPEN_ASSIGNMENT, names).fetchone()
-            if row is not None:
+            if item is not None:
+                row = self._item_row(db, item)
+            elif (row := db.execute(store_rows.OPEN_ASSIGNMENT, names).fetchone()) is not None:
                 return Assignment(row["id"], store_rows.item(db, row), row["seed"], row["expires"])
-            if (row := db.execute(store_rows.NEXT_ITEM, names).fetchone()) is None:
+            elif (row := store_rows.next_item(db, names)) is None:
                 return None
             seed = int.from_bytes(hashlib.sha256(f"{row['id']} {labeler}".encode()).digest()[:4], "big")
             db.execute(
@@ -291,6 +302,29 @@ class Store:
                 (who, row["id"], seed, now, now + lease),
             )
             return Assignment(row["id"], store_rows.item(db, row), seed, now + lease)
+
+    def assigned(self, labeler: str, item: str) -> Assignment | None:
+        """Returns the latest assignment of an item to a labeler, also if it has expired or been judged, or None."""
+        with self.transaction() as db:
+            row = db.execute(
+                "SELECT items.*, a.seed, a.expires FROM assignments a JOIN items ON items.id = a.item "
+                "WHERE a.labeler = ? AND a.item = ? ORDER BY a.number DESC LIMIT 1",
+                (self._labeler(db, labeler)["number"], item),
+            ).fetchone()
+            return row and Assignment(row["id"], store_rows.item(db, row), row["seed"], row["expires"])
+
+    def progress(self, labeler: str, *, set_name: str, max_judgements: int | None = None, most: int = 1000) -> Progress:
+        """Returns how many items of a set a labeler has judged and could still judge.
+
+        Args:
+            labeler: Name of the labeler.
+            set_name: The set.
+            max_judgements: See `assign`.
+            most: Items that are left are counted up to this number.
+        """
+        with self.transaction() as db:
+            names = {"set": set_name, "who": self._labeler(db, labeler)["number"], "n": max_judgements, "most": most}
+            return Progress(*(db.execute(query, names).fetchone()[0] for query in store_rows.PROGRESS))
 
     # --------------------------------------------------------------------------------------------------- judgements
 
@@ -337,21 +371,31 @@ class Store:
             assert number is not None
             return number
 
-    def latest(self, set_name: str | None = None) -> list[Recorded]:
-        """Returns the latest judgement of each labeler about each item of a set, or of all sets, oldest first."""
-        return self._recorded(set_name, "j.number IN (SELECT MAX(number) FROM judgements GROUP BY item, labeler)")
+    def latest(
+        self, set_name: str | None = None, *, labeler: str | None = None, item: str | None = None
+    ) -> list[Recorded]:
+        """Returns the latest judgement of each labeler about each item of a set, or of all sets, oldest first.
 
-    def history(self, set_name: str | None = None) -> list[Recorded]:
-        """Returns all judgements of a set, or of all sets, oldest first, with those that were corrected later."""
-        return self._recorded(set_name, "TRUE")
+        With ``labeler`` or ``item``, returns those of one labeler or about one item.
+        """
+        latest = "NOT EXISTS (SELECT 1 FROM judgements k WHERE k.item = j.item AND k.labeler = j.labeler "
+        return self._recorded(latest + "AND k.number > j.number)", set_name, labeler, item)
 
-    def _recorded(self, set_name: str | None, condition: str) -> list[Recorded]:
+    def history(
+        self, set_name: str | None = None, *, labeler: str | None = None, item: str | None = None
+    ) -> list[Recorded]:
+        """Returns all judgements, oldest first, with those that were corrected later; see `latest`."""
+        return self._recorded("TRUE", set_name, labeler, item)
+
+    def _recorded(self, condition: str, set_name: str | None, labeler: str | None, item: str | None) -> list[Recorded]:
+        names = {"set": set_name, "who": labeler, "item": item}
+        given = {"set": "items.set_name = :set", "who": "labelers.name = :who", "item": "j.item = :item"}
+        conditions = " AND ".join([condition, *(text for name, text in given.items() if names[name] is not None)])
         with self.transaction() as db:
             rows = db.execute(
                 "SELECT j.*, labelers.name FROM judgements j JOIN items ON items.id = j.item "
-                f"JOIN labelers ON labelers.number = j.labeler WHERE {condition} "
-                "AND (:set IS NULL OR items.set_name = :set) ORDER BY j.number",
-                {"set": set_name},
+                f"JOIN labelers ON labelers.number = j.labeler WHERE {conditions} ORDER BY j.number",
+                names,
             )
             return [
                 Recorded(row["number"], row["name"], row["item"], store_rows.judgement(row), row["time"])

@@ -15,22 +15,40 @@ OPEN_ASSIGNMENT = """
     WHERE a.labeler = :who AND a.expires > :now AND items.set_name = :set
     AND NOT EXISTS (SELECT 1 FROM judgements j WHERE j.item = a.item AND j.labeler = a.labeler)
     ORDER BY a.number DESC LIMIT 1"""
-NEXT_ITEM = """
-    SELECT items.*,
-        (SELECT COUNT(DISTINCT j.labeler) FROM judgements j WHERE j.item = items.id)
-        + (SELECT COUNT(DISTINCT a.labeler) FROM assignments a
-            WHERE a.item = items.id AND a.expires > :now
-            AND NOT EXISTS (SELECT 1 FROM judgements j WHERE j.item = a.item AND j.labeler = a.labeler)) AS asked
-    FROM items
-    WHERE set_name = :set AND (:most IS NULL OR asked < :most)
-    AND NOT EXISTS (SELECT 1 FROM judgements j WHERE j.item = items.id AND j.labeler = :who)
-    AND (duplicate_of IS NULL
-        OR EXISTS (SELECT 1 FROM judgements j WHERE j.item = items.duplicate_of AND j.labeler = :who))
-    ORDER BY
-        duplicate_of IS NOT NULL AND duplicate_of IN
-            (SELECT item FROM judgements WHERE labeler = :who ORDER BY number DESC LIMIT :gap),
-        asked, number
-    LIMIT 1"""
+PROGRESS = (
+    "SELECT COUNT(DISTINCT j.item) FROM judgements j JOIN items ON items.id = j.item "
+    "WHERE j.labeler = :who AND items.set_name = :set",
+    "SELECT COUNT(*) FROM (SELECT 1 FROM judged WHERE set_name = :set AND (duplicate_of IS NOT NULL) = 0 "
+    "AND (:n IS NULL OR labelers < :n) AND NOT EXISTS "
+    "(SELECT 1 FROM judgements j WHERE j.item = judged.item AND j.labeler = :who) LIMIT :most)",
+)
+"""Numbers of items that a labeler has judged, and that are left."""
+_UNJUDGED = "NOT EXISTS (SELECT 1 FROM judgements j WHERE j.item = judged.item AND j.labeler = :who)"
+_WITH_OPEN = """
+    WITH open AS MATERIALIZED (
+        SELECT a.item, COUNT(DISTINCT a.labeler) AS number FROM assignments a
+        WHERE a.expires > :now
+        AND NOT EXISTS (SELECT 1 FROM judgements j WHERE j.item = a.item AND j.labeler = a.labeler) GROUP BY a.item)
+    SELECT judged.item, judged.number, judged.labelers + IFNULL(open.number, 0) AS asked"""
+# An index has the items in the order of their judgements. Open assignments count as judgements too, so the item with
+# the fewest is among the first ones, of which there is one more than there are items with an open assignment.
+_NEXT_ITEM = f"""{_WITH_OPEN}, 0 AS recent FROM (
+        SELECT * FROM judged WHERE set_name = :set AND (duplicate_of IS NOT NULL) = 0 AND {_UNJUDGED}
+        ORDER BY labelers, number LIMIT 1 + (SELECT COUNT(*) FROM open)) judged
+    LEFT JOIN open ON open.item = judged.item
+    WHERE :most IS NULL OR asked < :most ORDER BY asked, judged.number LIMIT 1"""
+_NEXT_DUPLICATE = f"""{_WITH_OPEN}, judged.duplicate_of IN
+        (SELECT item FROM judgements WHERE labeler = :who ORDER BY number DESC LIMIT :gap) AS recent
+    FROM judged LEFT JOIN open ON open.item = judged.item
+    WHERE set_name = :set AND duplicate_of IN (SELECT item FROM judgements WHERE labeler = :who) AND {_UNJUDGED}
+    AND (:most IS NULL OR asked < :most) ORDER BY recent, asked, judged.number LIMIT 1"""
+
+
+def next_item(db: sqlite3.Connection, names: dict[str, Any]) -> sqlite3.Row | None:
+    """Returns the item that a labeler is asked next; see `store.Store.assign`."""
+    found = [db.execute(query, names).fetchone() for query in (_NEXT_ITEM, _NEXT_DUPLICATE)]
+    best = min((row for row in found if row), key=lambda row: (row["recent"], row["asked"], row["number"]), default=None)
+    return best and db.execute("SELECT * FROM items WHERE id = ?", (best["item"],)).fetchone()
 
 
 def items_of(db: sqlite3.Connection, set_name: str | None) -> list[sqlite3.Row]:

@@ -78,7 +78,33 @@ _VERSION_1 = (
     ),
 )
 
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_VERSION_1,)
+_VERSION_2 = (
+    # How many labelers have judged each item, so that the next item is found without counting.
+    """CREATE TABLE judged (
+        item TEXT PRIMARY KEY REFERENCES items (id),
+        set_name TEXT NOT NULL,
+        number INTEGER NOT NULL,
+        duplicate_of TEXT,
+        labelers INTEGER NOT NULL)""",
+    "CREATE INDEX judged_least ON judged (set_name, duplicate_of IS NOT NULL, labelers, number)",
+    "CREATE INDEX judged_duplicates ON judged (duplicate_of) WHERE duplicate_of IS NOT NULL",
+    "CREATE INDEX judgements_of_labeler ON judgements (labeler, number)",
+    """INSERT INTO judged SELECT id, set_name, number, duplicate_of,
+        (SELECT COUNT(DISTINCT labeler) FROM judgements WHERE item = items.id) FROM items""",
+    """CREATE TRIGGER items_judged AFTER INSERT ON items BEGIN
+        INSERT INTO judged VALUES (NEW.id, NEW.set_name, NEW.number, NEW.duplicate_of, 0); END""",
+    """CREATE TRIGGER judgements_judged AFTER INSERT ON judgements
+        WHEN NOT EXISTS
+            (SELECT 1 FROM judgements WHERE item = NEW.item AND labeler = NEW.labeler AND number < NEW.number)
+        BEGIN UPDATE judged SET labelers = labelers + 1 WHERE item = NEW.item; END""",
+    # Sessions of the labelling page.
+    """CREATE TABLE sessions (
+        hash BLOB PRIMARY KEY,
+        labeler INTEGER NOT NULL REFERENCES labelers (number),
+        expires REAL NOT NULL)""",
+)
+
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_VERSION_1, _VERSION_2)
 """The statements that lead from each version of the tables to the next. A released version is never edited."""
 
 

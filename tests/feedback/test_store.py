@@ -1,6 +1,7 @@
 """The comparison store: what is written is never lost, changed or doubled, and readers see the latest judgements."""
 
 import collections
+import dataclasses
 import json
 import math
 import sqlite3
@@ -451,16 +452,73 @@ def test_an_older_version_is_migrated_and_a_newer_one_is_refused(tmp_path, monke
     with monkeypatch.context() as later:
         migration = ("ALTER TABLE items ADD COLUMN colour TEXT NOT NULL DEFAULT 'red'",)
         later.setattr(store_schema, "MIGRATIONS", (*store_schema.MIGRATIONS, migration))
-        with pytest.raises(store.StoreError, match=r"has tables of version 1; open it for writing once to migrate it"):
+        old = f"has tables of version {len(store_schema.MIGRATIONS) - 1}; open it for writing once to migrate it"
+        with pytest.raises(store.StoreError, match=old):
             store.Store(path, read_only=True)
         with store.Store(path) as opened:
             assert list(opened.items()) == ids
             assert opened._db.execute("SELECT colour FROM items").fetchone()["colour"] == "red"
         with store.Store(path, read_only=True) as opened:
             assert list(opened.items()) == ids
+    known = len(store_schema.MIGRATIONS)
     for read_only in (False, True):
-        with pytest.raises(store.StoreError, match=r"a\.sqlite has tables of version 2, .* only versions up to 1"):
+        newer = rf"a\.sqlite has tables of version {known + 1}, .* only versions up to {known}"
+        with pytest.raises(store.StoreError, match=newer):
             store.Store(path, read_only=read_only)
+
+
+def test_a_store_of_the_first_version_assigns_as_before(tmp_path, monkeypatch):
+    path = tmp_path / "a.sqlite"
+    statements = store_schema.MIGRATIONS[0]
+    with monkeypatch.context() as earlier:
+        earlier.setattr(store_schema, "MIGRATIONS", (statements,))
+        with store.Store(path) as opened:
+            ids = opened.add([item("a"), item("b"), item("c")], set_name="a")
+            for name in ("Ada", "Ben"):
+                opened.add_labeler(name)
+            for i, name in enumerate(("Ada", "Ada", "Ben")):
+                opened.record(name, ids[0], judgements.Judgement(strength=1), key=str(i))
+            opened.record("Ada", ids[1], judgements.Judgement(strength=1), key="3")
+    with store.Store(path) as opened:
+        counts = opened._db.execute("SELECT labelers FROM judged ORDER BY number").fetchall()
+        assert [row["labelers"] for row in counts] == [2, 1, 0]
+        assert opened.assign("Ben", set_name="a").id == ids[2]
+
+
+@hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.given(data=st.data())
+def test_the_next_item_is_that_of_plain_python(tmp_path_factory, data):
+    """Compares `Store.assign` with a search through all items, judgements and open assignments."""
+    names, n = ("Ada", "Ben", "Cleo"), data.draw(st.integers(1, 6))
+    with store.Store(tmp_path_factory.mktemp("next") / "a.sqlite") as opened:
+        ids = opened.add([item(f"q{i}") for i in range(n)], set_name="a")
+        originals = data.draw(st.lists(st.sampled_from(ids), unique=True, max_size=3))
+        repeats = [dataclasses.replace(opened.item(each), duplicate_of=each) for each in originals]
+        repeat_of = dict(zip(opened.add(repeats, set_name="a"), originals))
+        for name in names:
+            opened.add_labeler(name)
+        done, leases = {name: [] for name in names}, {}
+        most = data.draw(st.none() | st.integers(1, 3))
+        for now in range(data.draw(st.integers(1, 14))):
+            name = data.draw(st.sampled_from(names))
+            held = {who: id for who, (id, end) in leases.items() if end > now and id not in done[who]}
+
+            def asked(id, done=done, held=held):
+                return sum(id in each for each in done.values()) + sum(each == id for each in held.values())
+
+            left = [id for id in [*ids, *repeat_of] if id not in done[name]]
+            left = [id for id in left if repeat_of.get(id, id) in done[name] or id not in repeat_of]
+            left = [id for id in left if most is None or asked(id) < most]
+            recent = done[name][-store.DUPLICATE_GAP :]
+            left.sort(key=lambda id: (repeat_of.get(id) in recent, asked(id)))
+            expected = held.get(name, left[0] if left else None)
+            found = opened.assign(name, set_name="a", lease=4, max_judgements=most, now=now)
+            assert (None if found is None else found.id) == expected
+            if found is not None:
+                leases[name] = (found.id, found.expires)
+                if data.draw(st.booleans()):
+                    opened.record(name, found.id, judgements.Judgement(strength=1), key=str(now), now=now)
+                    done[name].append(found.id)
 
 
 def test_a_migration_that_fails_changes_nothing(tmp_path, monkeypatch):

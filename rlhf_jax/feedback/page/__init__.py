@@ -1,0 +1,9 @@
+"""The labelling page: people compare, rank and rate completions of a comparison store in a browser.
+
+Requires the extra ``rlhf_jax[feedback]``.
+"""
+
+from rlhf_jax.feedback.page.labeling_app import Options, make_app
+from rlhf_jax.feedback.page.web_server import serve
+
+__all__ = ["Options", "make_app", "serve"]

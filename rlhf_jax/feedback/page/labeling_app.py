@@ -1,0 +1,369 @@
+"""The application behind the labelling page.
+
+Every answer is in the store before the page says so, and the server itself remembers nothing, so that it can be killed
+and started again at any time. A form contains the number of judgements of its item that the labeler has given before;
+if it arrives twice, it is stored once, and if it comes from an outdated window, it is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+import json
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jinja2
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.routing import Route
+
+from rlhf_jax.feedback import judgements, store, store_export
+from rlhf_jax.feedback.page import answer_forms, live_policy, protection, sessions, text_display
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+INSTRUCTIONS = """You read a conversation and the answers of an assistant to its last message, and say which is better.
+
+Read all answers to the end before you decide. A good answer does what the user asks, is correct, and does no harm. It
+need not be long. If two answers are equally good, or you cannot tell because you lack the knowledge, say so instead of
+guessing.
+
+The answers are in a random order. Some questions come twice, and for some the right answer is known: they show how
+reliable labels are. You can go back and change an answer at any time."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the labelling page shows, and to whom."""
+
+    set_name: str
+    """The set of items that are judged."""
+    instructions: str = INSTRUCTIONS
+    """Text of the page with instructions, in which fences of Markdown mark code."""
+    max_judgements: int | None = None
+    """Number of labelers that are asked about each item; None for all."""
+    lease: float = 1800.0
+    """Number of seconds for which an item that a labeler has opened is kept for them."""
+    policy: live_policy.Policy | None = None
+    """The policy with which labelers chat; None for no chat."""
+    policy_name: str = "policy"
+    """Its name in the store."""
+    sampling: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """How its answers are sampled, for the store."""
+    red_team: bool = False
+    """Whether labelers of the chat try to elicit harm and choose the more harmful answer, with which it goes on."""
+    access_secret: str | None = None
+    """What must be known to sign in, in addition to a token; None for nothing."""
+    hosts: Collection[str] = LOOPBACK
+    """Names under which the server is reached."""
+    secure: bool = False
+    """Whether it is reached over HTTPS only."""
+
+    @property
+    def chat_set(self) -> str:
+        """The set of the items that the chat adds."""
+        return f"{self.set_name} (chat)"
+
+
+def make_app(opened: store.Store, options: Options) -> Any:
+    """Returns the ASGI application of the labelling page."""
+    page = _Page(opened, options)
+    methods = {
+        "/": ("GET", page.home),
+        "/sign-in": ("POST", page.sign_in),
+        "/sign-out": ("POST", page.sign_out),
+        "/instructions": ("GET", page.instructions),
+        "/judge": ("GET", page.show_item),
+        "/answers": ("GET", page.answers),
+        "/report": ("GET", page.report),
+        "/export": ("GET", page.export),
+        "/static/page.css": ("GET", page.style),
+        "/static/page.js": ("GET", page.script),
+        "/favicon.ico": ("GET", lambda request: Response(status_code=204)),
+    }
+    routes = [Route(path, _endpoint(function), methods=[method]) for path, (method, function) in methods.items()]
+    routes.append(Route("/judge", _endpoint(page.judge), methods=["POST"]))
+    if options.policy is not None:
+        routes.append(Route("/chat", _endpoint(page.show_chat), methods=["GET"]))
+        routes.append(Route("/chat", _endpoint(page.chat), methods=["POST"]))
+    guard = Middleware(protection.Protection, hosts=options.hosts, secure=options.secure)
+    return Starlette(routes=routes, middleware=[guard], exception_handlers={HTTPException: page.error, 500: page.error})
+
+
+def _endpoint(function: Callable[[Request], Response]) -> Callable[[Request], Any]:
+    async def call(request: Request) -> Response:
+        try:
+            return await run_in_threadpool(function, request)
+        except ValueError as error:  # a StoreError, or a form that is no answer
+            raise HTTPException(400, str(error)) from error
+
+    return call
+
+
+class _Page:
+    """The functions that answer requests; each runs in a thread of its own."""
+
+    def __init__(self, opened: store.Store, options: Options) -> None:
+        self._store, self._options = opened, options
+        self._failures = protection.Rate(1 / 6, 20)  # attempts to sign in from one address: 20, then 10 per minute
+        self._templates = jinja2.Environment(
+            loader=jinja2.PackageLoader("rlhf_jax.feedback.page"),
+            autoescape=True,
+            undefined=jinja2.StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        self._templates.filters.update(
+            parts=text_display.parts, visible=text_display.visible, content=text_display.content
+        )
+        files = importlib.resources.files("rlhf_jax.feedback.page") / "static"
+        self._static = {name: (files / name).read_bytes() for name in ("page.css", "page.js")}
+
+    # --------------------------------------------------------------------------------------------------- everybody
+
+    def style(self, request: Request) -> Response:
+        return self._file("page.css", "text/css")
+
+    def script(self, request: Request) -> Response:
+        return self._file("page.js", "text/javascript")
+
+    def _file(self, name: str, media_type: str) -> Response:
+        return Response(self._static[name], media_type=media_type, headers={"Cache-Control": "no-cache"})
+
+    def error(self, request: Request, error: Exception) -> Response:
+        """Says what was wrong with a request, in the form that its sender reads."""
+        code = error.status_code if isinstance(error, HTTPException) else 500
+        detail = error.detail if isinstance(error, HTTPException) else "The server has failed. Nothing is lost; try again."
+        if "text/html" not in request.headers.get("accept", ""):
+            return PlainTextResponse(str(text_display.visible(detail).unescape()), code)
+        return self._render("error.html", None, status=code, code=code, detail=detail)
+
+    def home(self, request: Request) -> Response:
+        who = self._session(request)
+        if who is None:
+            return self._render("sign_in.html", None, secret_needed=self._options.access_secret is not None, failed=False)
+        return _redirect("/report" if who.role == "owner" else "/instructions")
+
+    def sign_in(self, request: Request) -> Response:
+        form, address = answer_forms.fields(request.scope["body"]), request.client.host if request.client else ""
+        if not self._failures.allows(address, cost=0.0):
+            raise HTTPException(429, "Too many attempts to sign in; wait a minute.")
+        expected = self._options.access_secret
+        who = self._store.authenticate(form.get("token", "").strip())
+        known = expected is None or sessions.equal(form.get("secret", "").strip(), expected)
+        if who is None or not known:
+            self._failures.allows(address)
+            return self._render("sign_in.html", None, status=403, secret_needed=expected is not None, failed=True)
+        response = _redirect("/")
+        response.set_cookie(
+            protection.COOKIE,
+            sessions.start(self._store, who.name),
+            max_age=int(sessions.LIFETIME),
+            httponly=True,
+            samesite="strict",
+            secure=self._options.secure,
+        )
+        return response
+
+    # -------------------------------------------------------------------------------------------- who is signed in
+
+    def sign_out(self, request: Request) -> Response:
+        self._form(request)
+        sessions.end(self._store, protection.session_secret(request.headers) or "")
+        response = _redirect("/")
+        response.delete_cookie(protection.COOKIE, httponly=True, samesite="strict", secure=self._options.secure)
+        return response
+
+    def instructions(self, request: Request) -> Response:
+        who = self._required(request)
+        return self._render("instructions.html", request, who, text=self._options.instructions)
+
+    def show_item(self, request: Request) -> Response:
+        """Shows the next item, or, with ``item``, one that was assigned to the labeler before."""
+        who = self._required(request)
+        if (chosen := request.query_params.get("item")) is not None:
+            return self._item_page(request, who, self._assigned(who, chosen))
+        options = self._options
+        found = self._store.assign(
+            who.name, set_name=options.set_name, lease=options.lease, max_judgements=options.max_judgements
+        )
+        return self._render("done.html", request, who) if found is None else self._item_page(request, who, found)
+
+    def judge(self, request: Request) -> Response:
+        who, form = self._required(request), self._form(request)
+        assignment = self._assigned(who, form.get("item", ""))
+        self._record(who, form, assignment)
+        return _redirect("/judge")
+
+    def answers(self, request: Request) -> Response:
+        """Lists what the labeler has judged, the last one first."""
+        who = self._required(request)
+        found = self._store.latest(self._options.set_name, labeler=who.name)[: -201 : -1]
+        shown = [(each, self._store.item(each.item)) for each in found]
+        return self._render("answers.html", request, who, found=shown)
+
+    def show_chat(self, request: Request) -> Response:
+        who = self._required(request)
+        id = request.query_params.get("conversation")
+        if id == "new":
+            return _redirect(f"/chat?conversation={live_policy.new_id()}")
+        chat = live_policy.find(self._store, who.name, self._options.chat_set, id, worse=self._options.red_team)
+        return self._chat_page(request, who, chat)
+
+    def chat(self, request: Request) -> Response:
+        """Sends a message to the policy, or chooses one of its answers."""
+        who, form, options = self._required(request), self._form(request), self._options
+        assert options.policy is not None
+        if "item" in form:
+            assignment = self._assigned(who, form["item"])
+            self._record(who, form, assignment, worse=options.red_team)
+            return _redirect(f"/chat?conversation={assignment.item.metadata['conversation']}")
+        chat = live_policy.find(
+            self._store, who.name, options.chat_set, form.get("conversation", ""), worse=options.red_team
+        )
+        live_policy.say(
+            self._store,
+            who.name,
+            chat,
+            form.get("message", ""),
+            turn=form.get("turn", ""),
+            policy=options.policy,
+            set_name=options.chat_set,
+            describe=lambda text: judgements.Completion(text, options.policy_name, options.sampling),
+            domain="red team" if options.red_team else "",
+        )
+        return _redirect(f"/chat?conversation={chat.id}")
+
+    # ------------------------------------------------------------------------------------------------- the owner
+
+    def report(self, request: Request) -> Response:
+        who = self._required(request, role="owner")
+        return self._render("report.html", request, who, rows=self._labeler_rows())
+
+    def export(self, request: Request) -> Response:
+        self._required(request, role="owner")
+        rows = store_export.rows(self._store, self._options.set_name)
+        lines = [json.dumps(row.fields, ensure_ascii=False) + "\n" for row in rows if row.skipped is None]
+        disposition = {"Content-Disposition": 'attachment; filename="comparisons.jsonl"'}
+        return Response("".join(lines), media_type="application/jsonl", headers=disposition)
+
+    def _labeler_rows(self) -> list[tuple[str, int, int]]:
+        options = self._options
+        progress = {
+            each.name: self._store.progress(each.name, set_name=options.set_name, max_judgements=options.max_judgements)
+            for each in self._store.labelers()
+            if each.role == "labeler"
+        }
+        return [(name, *each) for name, each in progress.items()]
+
+    # --------------------------------------------------------------------------------------------------- in common
+
+    def _session(self, request: Request) -> store.Labeler | None:
+        secret = protection.session_secret(request.headers)
+        return None if secret is None else sessions.find(self._store, secret)
+
+    def _required(self, request: Request, *, role: str | None = None) -> store.Labeler:
+        who = self._session(request)
+        if who is None:
+            if request.method == "GET" and "text/html" in request.headers.get("accept", ""):
+                raise HTTPException(303, headers={"Location": "/"})
+            raise HTTPException(401, "You are not signed in.")
+        if role is not None and who.role != role:
+            raise HTTPException(403, f"Only the {role} of the store may do this.")
+        return who
+
+    def _form(self, request: Request) -> dict[str, str]:
+        """Returns the fields of a form that this page has sent to this session."""
+        form = answer_forms.fields(request.scope["body"])
+        secret = protection.session_secret(request.headers) or ""
+        if not sessions.equal(form.get("form_token", ""), sessions.form_token(secret)):
+            raise HTTPException(403, "The form is from another session; reload the page.")
+        return form
+
+    def _assigned(self, who: store.Labeler, item: str) -> store.Assignment:
+        found = self._store.assigned(who.name, item)
+        if found is None:
+            raise HTTPException(404, "You have not been asked about this item.")
+        return found
+
+    def _record(
+        self, who: store.Labeler, form: dict[str, str], assignment: store.Assignment, *, worse: bool = False
+    ) -> None:
+        item, order = assignment.item, assignment.order
+        said = answer_forms.judgement(form, kind=item.kind, n=len(order))
+        said = (answer_forms.reversed_scale(said) if worse else said).in_item_order(order)
+        given = len(self._store.history(labeler=who.name, item=assignment.id))
+        if form.get("revision") not in map(str, range(given + 1)):
+            raise HTTPException(400, "The form is not one of this page; reload it.")
+        try:
+            self._store.record(who.name, assignment.id, said, key=f"page {assignment.id} {form['revision']}")
+        except store.StoreError as error:
+            if given:
+                raise HTTPException(
+                    409, "You have answered this in another window. That answer is kept; go to Answers to change it."
+                ) from error
+            raise
+
+    def _item_page(self, request: Request, who: store.Labeler, assignment: store.Assignment) -> Response:
+        before = self._store.history(labeler=who.name, item=assignment.id)
+        options = self._options
+        progress = self._store.progress(who.name, set_name=options.set_name, max_judgements=options.max_judgements)
+        return self._render(
+            "item.html",
+            request,
+            who,
+            **_shown(assignment, before[-1].judgement if before else None, len(before)),
+            progress=progress,
+            action="/judge",
+        )
+
+    def _chat_page(self, request: Request, who: store.Labeler, chat: live_policy.Conversation) -> Response:
+        waiting = {} if chat.waiting is None else _shown(chat.waiting, None, 0)
+        red_team = self._options.red_team
+        return self._render("chat.html", request, who, chat=chat, red_team=red_team, action="/chat", **waiting)
+
+    def _render(
+        self,
+        template: str,
+        request: Request | None,
+        who: store.Labeler | None = None,
+        *,
+        status: int = 200,
+        **names: Any,
+    ) -> Response:
+        secret = None if request is None else protection.session_secret(request.headers)
+        text = self._templates.get_template(template).render(
+            who=who,
+            has_chat=self._options.policy is not None,
+            set_name=self._options.set_name,
+            form_token=None if secret is None else sessions.form_token(secret),
+            **names,
+        )
+        return HTMLResponse(text, status)
+
+
+def _shown(assignment: store.Assignment, before: judgements.Judgement | None, revision: int) -> dict[str, Any]:
+    """Returns what the templates need to show an item in the order of an assignment."""
+    item, order = assignment.item, assignment.order
+    places = sorted(range(len(order)), key=lambda place: order[place])
+    return {
+        "id": assignment.id,
+        "item": item,
+        "completions": [_message(item.completions[i]) for i in order],
+        "values": {} if before is None else answer_forms.values(before.in_item_order(places)),
+        "revision": revision,
+        "flags": judgements.FLAGS,
+    }
+
+
+def _message(completion: judgements.Completion) -> dict[str, Any]:
+    return {"content": completion.text, **completion.extra}
+
+
+def _redirect(path: str) -> Response:
+    return RedirectResponse(path, 303)

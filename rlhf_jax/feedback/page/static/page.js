@@ -1,0 +1,189 @@
+"use strict";
+
+// Sends the forms of the labelling page, also if the server does not answer for a while, and handles the keyboard and
+// dragging. Without this script, the forms still work.
+
+const form = document.querySelector("#answer-form, #message-form");
+const status = document.querySelector("#status");
+const started = Date.now();
+let hidden = 0;
+let hiddenSince = document.hidden ? Date.now() : null;
+
+document.addEventListener("visibilitychange", () => {
+  if (document.hidden) hiddenSince = Date.now();
+  else if (hiddenSince !== null) {
+    hidden += Date.now() - hiddenSince;
+    hiddenSince = null;
+  }
+});
+
+if (form) {
+  form.classList.add("scripted");
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    send();
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------------- sending
+
+async function send() {
+  const button = form.querySelector("button[type=submit]");
+  if (button.disabled) return;
+  if (!isComplete()) return;
+  if (form.elements.seconds) form.elements.seconds.value = (Date.now() - started - hidden) / 1000;
+  const body = new URLSearchParams(new FormData(form));
+  button.disabled = true;
+  status.textContent = form.id === "message-form" ? "The assistant is writing …" : "Saving …";
+  for (let wait = 250; ; wait = Math.min(2 * wait, 4000)) {
+    try {
+      const response = await fetch(form.getAttribute("action"), { method: "POST", body, redirect: "manual" });
+      if (response.type === "opaqueredirect") {
+        if (form.dataset.draft) sessionStorage.removeItem(form.dataset.draft);
+        return await next();
+      }
+      if (response.status < 500 && response.status !== 429) {
+        status.textContent = await response.text();
+        button.disabled = false;
+        return;
+      }
+    } catch {
+      // The server cannot be reached.
+    }
+    status.textContent = "The server does not answer. Your answer is kept and will be sent again; leave this page open.";
+    await pause(wait);
+  }
+}
+
+// Goes to the next page, once the server can be reached: a browser would show its own error page instead.
+async function next() {
+  const target = form.id === "answer-form" && form.getAttribute("action") === "/judge" ? "/judge" : location.href;
+  for (let wait = 250; ; wait = Math.min(2 * wait, 4000)) {
+    try {
+      await fetch("/static/page.css", { cache: "no-store" });
+      location.href === target ? location.reload() : location.assign(target);
+      return;
+    } catch {
+      status.textContent = "Your answer is saved. Waiting for the server …";
+      await pause(wait);
+    }
+  }
+}
+
+function pause(milliseconds) {
+  return new Promise((resolve) => setTimeout(resolve, milliseconds));
+}
+
+function isComplete() {
+  if (form.id === "message-form") return form.reportValidity();
+  const ranks = [...form.querySelectorAll("select")];
+  const chosen = form.querySelector("input[name=answer]:checked");
+  if (chosen || (ranks.length && ranks.every((select) => select.value))) return true;
+  status.textContent = ranks.length ? "Give each answer a rank first." : "Choose one first.";
+  return false;
+}
+
+// ----------------------------------------------------------------------------------------------------------- drafts
+
+if (form && form.dataset.draft) {
+  const draft = JSON.parse(sessionStorage.getItem(form.dataset.draft) || "null");
+  for (const [name, value] of Object.entries(draft || {})) {
+    for (const field of form.querySelectorAll(`[name="${CSS.escape(name)}"]`)) {
+      if (field.type === "radio" || field.type === "checkbox") field.checked = field.value === value;
+      else field.value = value;
+    }
+  }
+  form.addEventListener("input", save);
+}
+
+function save() {
+  const kept = Object.fromEntries(
+    [...new FormData(form)].filter(([name]) => !["form_token", "item", "revision", "seconds"].includes(name)),
+  );
+  sessionStorage.setItem(form.dataset.draft, JSON.stringify(kept));
+}
+
+// --------------------------------------------------------------------------------------------------------- keyboard
+
+document.addEventListener("keydown", (event) => {
+  const writes = event.target.closest("textarea, input[type=password]");
+  if (form && event.key === "Enter" && (event.ctrlKey || event.metaKey)) return send();
+  if (writes || event.ctrlKey || event.metaKey || event.altKey) return;
+  const key = event.key.toLowerCase();
+  if (key === "z" && document.querySelector("a.back")) return document.querySelector("a.back").click();
+  if (!form || form.id !== "answer-form") return;
+  if (event.key === "Enter" && !event.target.closest("a, button, summary, select")) {
+    event.preventDefault();
+    return send();
+  }
+  if (event.target.closest("select")) return;
+  if (form.classList.contains("ranking")) {
+    const place = "abcdefghi".indexOf(key);
+    const selects = ranks();
+    if (key === "backspace") selects.forEach((select) => setRank(select, ""));
+    else if (key === "?") choose("u");
+    else if (key.length === 1 && place >= 0 && place < selects.length && !selects[place].value) {
+      setRank(selects[place], 1 + Math.max(0, ...selects.map((select) => Number(select.value))));
+    }
+    return;
+  }
+  choose(key);
+});
+
+function choose(key) {
+  const field = form.querySelector(`input[data-key="${CSS.escape(key)}"]`);
+  if (!field) return;
+  field.checked = true;
+  field.focus({ preventScroll: true });
+  field.dispatchEvent(new Event("input", { bubbles: true }));
+}
+
+// ---------------------------------------------------------------------------------------------------------- ranking
+
+// The selects in the order of the answers A, B, …, whatever their order on the page.
+function ranks() {
+  return [...form.querySelectorAll("select")].sort((a, b) => a.name.localeCompare(b.name));
+}
+
+function setRank(select, rank) {
+  select.value = String(rank);
+  const chosen = form.querySelector("input[name=answer]:checked");
+  if (chosen && select.value) chosen.checked = false;
+  select.dispatchEvent(new Event("input", { bubbles: true }));
+}
+
+function numberFromTop() {
+  [...form.querySelectorAll(".completion select")].forEach((select, place) => setRank(select, place + 1));
+}
+
+if (form && form.classList.contains("ranking")) {
+  const list = form.querySelector(".completions");
+  let dragged = null;
+  for (const card of list.children) {
+    card.draggable = true;
+    card.addEventListener("dragstart", () => {
+      dragged = card;
+      card.classList.add("dragged");
+    });
+    card.addEventListener("dragend", () => {
+      dragged = null;
+      card.classList.remove("dragged");
+      numberFromTop();
+    });
+    card.addEventListener("dragover", (event) => {
+      if (!dragged || dragged === card) return;
+      event.preventDefault();
+      const box = card.getBoundingClientRect();
+      list.insertBefore(dragged, event.clientY < box.top + box.height / 2 ? card : card.nextSibling);
+    });
+    card.addEventListener("drop", (event) => event.preventDefault());
+    for (const button of card.querySelectorAll("[data-move]")) {
+      button.addEventListener("click", () => {
+        const other = button.dataset.move === "1" ? card.nextElementSibling : card.previousElementSibling;
+        if (other) list.insertBefore(button.dataset.move === "1" ? other : card, button.dataset.move === "1" ? card : other);
+        numberFromTop();
+        button.focus();
+      });
+    }
+  }
+}
