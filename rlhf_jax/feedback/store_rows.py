@@ -47,7 +47,9 @@ _NEXT_DUPLICATE = f"""{_WITH_OPEN}, judged.duplicate_of IN
 def next_item(db: sqlite3.Connection, names: dict[str, Any]) -> sqlite3.Row | None:
     """Returns the item that a labeler is asked next; see `store.Store.assign`."""
     found = [db.execute(query, names).fetchone() for query in (_NEXT_ITEM, _NEXT_DUPLICATE)]
-    best = min((row for row in found if row), key=lambda row: (row["recent"], row["asked"], row["number"]), default=None)
+    best = min(
+        (row for row in found if row), key=lambda row: (row["recent"], row["asked"], row["number"]), default=None
+    )
     return best and db.execute("SELECT * FROM items WHERE id = ?", (best["item"],)).fetchone()
 
 

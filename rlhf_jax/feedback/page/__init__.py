@@ -3,7 +3,7 @@
 Requires the extra ``rlhf_jax[feedback]``.
 """
 
-from rlhf_jax.feedback.page.labeling_app import Options, make_app
+from rlhf_jax.feedback.page.labeling_app import INSTRUCTIONS, LOOPBACK, Options, make_app
 from rlhf_jax.feedback.page.web_server import serve
 
-__all__ = ["Options", "make_app", "serve"]
+__all__ = ["INSTRUCTIONS", "LOOPBACK", "Options", "make_app", "serve"]

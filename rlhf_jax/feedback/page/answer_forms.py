@@ -46,7 +46,9 @@ def judgement(form: Mapping[str, str], *, kind: str, n: int) -> judgements.Judge
     if answer in ("tie", "unsure"):
         said[answer] = True
     elif kind == judgements.RANKING:
-        said["ranks"] = tuple(_number(form.get(f"rank-{place}", ""), f"The rank of answer {place + 1}", n) for place in range(n))
+        said["ranks"] = tuple(
+            _number(form.get(f"rank-{place}", ""), f"The rank of answer {place + 1}", n) for place in range(n)
+        )
     elif kind == judgements.PAIR:
         said["strength"] = _number(answer, "The preference", 8)
     else:

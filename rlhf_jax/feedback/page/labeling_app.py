@@ -138,7 +138,9 @@ class _Page:
     def error(self, request: Request, error: Exception) -> Response:
         """Says what was wrong with a request, in the form that its sender reads."""
         code = error.status_code if isinstance(error, HTTPException) else 500
-        detail = error.detail if isinstance(error, HTTPException) else "The server has failed. Nothing is lost; try again."
+        detail = (
+            error.detail if isinstance(error, HTTPException) else "The server has failed. Nothing is lost; try again."
+        )
         if "text/html" not in request.headers.get("accept", ""):
             return PlainTextResponse(str(text_display.visible(detail).unescape()), code)
         return self._render("error.html", None, status=code, code=code, detail=detail)
@@ -146,7 +148,9 @@ class _Page:
     def home(self, request: Request) -> Response:
         who = self._session(request)
         if who is None:
-            return self._render("sign_in.html", None, secret_needed=self._options.access_secret is not None, failed=False)
+            return self._render(
+                "sign_in.html", None, secret_needed=self._options.access_secret is not None, failed=False
+            )
         return _redirect("/report" if who.role == "owner" else "/instructions")
 
     def sign_in(self, request: Request) -> Response:
@@ -203,7 +207,7 @@ class _Page:
     def answers(self, request: Request) -> Response:
         """Lists what the labeler has judged, the last one first."""
         who = self._required(request)
-        found = self._store.latest(self._options.set_name, labeler=who.name)[: -201 : -1]
+        found = self._store.latest(self._options.set_name, labeler=who.name)[:-201:-1]
         shown = [(each, self._store.item(each.item)) for each in found]
         return self._render("answers.html", request, who, found=shown)
 

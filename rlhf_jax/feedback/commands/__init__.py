@@ -1,0 +1,1 @@
+"""Subcommands of ``python -m rlhf_jax.feedback``."""

@@ -1,0 +1,187 @@
+"""The command ``serve``: the labelling page of a comparison store."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import sys
+from typing import Annotated, Any
+
+import tyro
+
+from rlhf_jax.feedback import store
+
+MIN_SECRET = 16
+"""Number of characters of an access secret."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Serve:
+    """Serves a page on which people label the items of a store.
+
+    People sign in with the tokens that ``assign`` prints. Stop the server with Ctrl-C; nothing is lost if it is killed.
+    """
+
+    store: Annotated[str, tyro.conf.Positional]
+    """The comparison store."""
+    set: str | None = None
+    """Name of the set that is labelled. It may be left out if the store has one set, and names a new set for a chat."""
+    host: str = "127.0.0.1"
+    """Address at which the server listens. Any other than that of this machine needs --secret-file."""
+    port: int = 8080
+    """Port at which the server listens."""
+    names: tuple[str, ...] = ()
+    """Names by which others reach the server, such as labels.example.org. By default, --host."""
+    secret_file: str | None = None
+    """File with a secret of at least 16 characters, which people enter in addition to their token."""
+    certificate: str | None = None
+    """File with a TLS certificate, for HTTPS."""
+    key: str | None = None
+    """File with the private key of --certificate."""
+    behind_https: bool = False
+    """Whether a reverse proxy receives requests over HTTPS and passes them on, so that cookies are only sent over
+    HTTPS."""
+    instructions: str | None = None
+    """Text file with the instructions for labelers. None shows general ones."""
+    judgements: int | None = None
+    """Number of labelers that are asked about each item. None asks all."""
+    lease_minutes: float = 30.0
+    """Time after which an item that a labeler has opened is offered to others."""
+    policy: str | None = None
+    """Folder of a model in Hugging Face format with which people chat; it answers each message with two samples."""
+    red_team: bool = False
+    """Whether people of the chat try to elicit harm, and choose the more harmful answer."""
+    temperature: float = 1.0
+    """Temperature of the samples of --policy."""
+    top_p: float | None = None
+    """Nucleus of the samples of --policy. None samples from all tokens."""
+    max_new_tokens: int = 256
+    """Number of tokens of a sample of --policy, at most."""
+    seed: int = 0
+    """Seed of the samples of --policy."""
+
+
+def run(settings: Serve) -> None:
+    """Serves the page until the process is stopped; raises ValueError for wrong settings."""
+    from rlhf_jax.feedback import page
+
+    secret = None if settings.secret_file is None else _secret(settings.secret_file)
+    is_local = settings.host in page.LOOPBACK
+    if not is_local and secret is None:
+        raise ValueError(
+            f"--host {settings.host} lets other machines in; give --secret-file FILE with a secret that people enter in "
+            "addition to their token, or leave --host out"
+        )
+    if (settings.certificate is None) != (settings.key is None):
+        raise ValueError("--certificate and --key are given together")
+    secure = settings.certificate is not None or settings.behind_https
+    with store.Store(settings.store) as opened:
+        options = page.Options(
+            set_name=_set_name(settings, opened),
+            instructions=page.INSTRUCTIONS if settings.instructions is None else _text(settings.instructions),
+            max_judgements=settings.judgements,
+            lease=60.0 * settings.lease_minutes,
+            red_team=settings.red_team,
+            access_secret=secret,
+            hosts=_hosts(settings, page.LOOPBACK),
+            secure=secure,
+            **_policy(settings),
+        )
+        app = page.make_app(opened, options)
+        if not is_local and not secure:
+            _warn(
+                "the connection is not encrypted: others on the network can read tokens and answers; use --certificate"
+            )
+        people = [each for each in opened.labelers() if not each.revoked]
+        if not people:
+            _warn(f"nobody can sign in yet; run: python -m rlhf_jax.feedback assign {settings.store} --labelers NAME")
+        scheme = "https" if settings.certificate else "http"
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        print(f"set {options.set_name!r} of {settings.store}: {scheme}://{host}:{settings.port}/", flush=True)
+        page.serve(app, host=settings.host, port=settings.port, certificate=settings.certificate, key=settings.key)
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def _set_name(settings: Serve, opened: store.Store) -> str:
+    names = opened.sets()
+    if settings.set is None:
+        if len(names) != 1:
+            found = ", ".join(map(repr, names)) or "none; add one with import, or name a new one for a chat"
+            raise ValueError(f"give --set: the sets of {settings.store} are {found}")
+        return names[0]
+    if settings.set not in names and settings.policy is None:
+        found = ", ".join(map(repr, names)) or "none; add one with import"
+        raise ValueError(f"{settings.store} has no set {settings.set!r}; its sets are {found}")
+    return settings.set
+
+
+def _hosts(settings: Serve, loopback: tuple[str, ...]) -> tuple[str, ...]:
+    wildcard = settings.host in ("0.0.0.0", "::")
+    if wildcard and not settings.names:
+        raise ValueError(
+            f"--host {settings.host} needs --names: the names or addresses by which others reach the server"
+        )
+    return (*settings.names, *(() if wildcard else (settings.host,)), *loopback)
+
+
+def _text(path: str) -> str:
+    return pathlib.Path(path).read_text(encoding="utf-8")
+
+
+def _secret(path: str) -> str:
+    secret = _text(path).strip()
+    if len(secret) < MIN_SECRET:
+        raise ValueError(f"--secret-file {path}: the secret has {len(secret)} characters; use at least {MIN_SECRET}")
+    return secret
+
+
+def _policy(settings: Serve) -> dict[str, Any]:
+    """Returns the options of the page that concern the policy."""
+    if settings.policy is None:
+        if settings.red_team:
+            raise ValueError("--red-team has no effect without --policy")
+        return {}
+    from rlhf_jax import feedback, generation, lm
+    from rlhf_jax.data import chat, dialogues, tokenizers
+
+    folder = pathlib.Path(settings.policy)
+    cfg, params = lm.load(folder)
+    hf = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    fmt = chat.chat_format(tokenizers.load(folder), model_type=hf.get("model_type"))
+    most = cfg.max_length - settings.max_new_tokens
+    spec: Any = generation.Sampling(
+        temperature=settings.temperature or 1.0,
+        greedy=settings.temperature == 0,
+        top_p=settings.top_p,
+        max_new_tokens=settings.max_new_tokens,
+        stop_ids=fmt.stop_ids,
+        pad_id=fmt.pad_id,
+    )
+
+    def encode(request: str) -> list[int]:
+        ids = chat.encode_prompt(fmt, [dialogues.Turn(each["role"], each["content"]) for each in json.loads(request)])
+        if len(ids) > most:
+            raise ValueError("The conversation is too long for the assistant; start a new one.")
+        return ids
+
+    writer = feedback.ModelWriter(
+        params,
+        cfg=cfg,
+        sampling=spec,
+        encode=encode,
+        decode=lambda ids: str(fmt.tokenizer.decode(list(ids), skip_special_tokens=True)),
+        seed=settings.seed,
+        batch=1,
+    )
+
+    def policy(messages: Any, sample: int) -> str:
+        [(_, text)] = writer([json.dumps(messages)], sample=sample)
+        return text.text
+
+    described = {"temperature": settings.temperature, "max_new_tokens": settings.max_new_tokens, "seed": settings.seed}
+    described |= {} if settings.top_p is None else {"top_p": settings.top_p}
+    return {"policy": policy, "policy_name": folder.resolve().name, "sampling": described}
