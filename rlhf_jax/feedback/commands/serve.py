@@ -70,8 +70,8 @@ def run(settings: Serve) -> None:
     is_local = settings.host in page.LOOPBACK
     if not is_local and secret is None:
         raise ValueError(
-            f"--host {settings.host} lets other machines in; give --secret-file FILE with a secret that people enter in "
-            "addition to their token, or leave --host out"
+            f"--host {settings.host} lets other machines in; give --secret-file FILE with a secret that people enter "
+            "in addition to their token, or leave --host out"
         )
     if (settings.certificate is None) != (settings.key is None):
         raise ValueError("--certificate and --key are given together")

@@ -247,7 +247,8 @@ class _Page:
 
     def report(self, request: Request) -> Response:
         who = self._required(request, role="owner")
-        return self._render("report.html", request, who, rows=self._labeler_rows())
+        names = [each.name for each in self._store.labelers() if each.role == "labeler"]
+        return self._render("report.html", request, who, rows=[(name, self._progress(name)) for name in names])
 
     def export(self, request: Request) -> Response:
         self._required(request, role="owner")
@@ -256,14 +257,9 @@ class _Page:
         disposition = {"Content-Disposition": 'attachment; filename="comparisons.jsonl"'}
         return Response("".join(lines), media_type="application/jsonl", headers=disposition)
 
-    def _labeler_rows(self) -> list[tuple[str, int, int]]:
+    def _progress(self, labeler: str) -> store.Progress:
         options = self._options
-        progress = {
-            each.name: self._store.progress(each.name, set_name=options.set_name, max_judgements=options.max_judgements)
-            for each in self._store.labelers()
-            if each.role == "labeler"
-        }
-        return [(name, *each) for name, each in progress.items()]
+        return self._store.progress(labeler, set_name=options.set_name, max_judgements=options.max_judgements)
 
     # --------------------------------------------------------------------------------------------------- in common
 
@@ -302,7 +298,7 @@ class _Page:
         said = answer_forms.judgement(form, kind=item.kind, n=len(order))
         said = (answer_forms.reversed_scale(said) if worse else said).in_item_order(order)
         given = len(self._store.history(labeler=who.name, item=assignment.id))
-        if form.get("revision") not in map(str, range(given + 1)):
+        if form.get("revision", "") not in map(str, range(given + 1)):
             raise HTTPException(400, "The form is not one of this page; reload it.")
         try:
             self._store.record(who.name, assignment.id, said, key=f"page {assignment.id} {form['revision']}")
@@ -315,14 +311,12 @@ class _Page:
 
     def _item_page(self, request: Request, who: store.Labeler, assignment: store.Assignment) -> Response:
         before = self._store.history(labeler=who.name, item=assignment.id)
-        options = self._options
-        progress = self._store.progress(who.name, set_name=options.set_name, max_judgements=options.max_judgements)
         return self._render(
             "item.html",
             request,
             who,
             **_shown(assignment, before[-1].judgement if before else None, len(before)),
-            progress=progress,
+            progress=self._progress(who.name),
             action="/judge",
         )
 

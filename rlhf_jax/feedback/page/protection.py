@@ -104,10 +104,10 @@ class Protection:
         headers = Headers(scope=scope)
         secret = session_secret(headers)
         address = scope["client"][0] if scope.get("client") else ""
-        rate, key = (
-            (self._sessions, hashlib.sha256(secret.encode()).hexdigest()) if secret else (self._addresses, address)
-        )
-        if not rate.allows(key) or (secret and not self._addresses.allows(address, cost=0.2)):
+        allowed = self._addresses.allows(address, cost=0.2 if secret else 1.0)
+        if secret:
+            allowed = allowed and self._sessions.allows(hashlib.sha256(secret.encode()).hexdigest())
+        if not allowed:
             return PlainTextResponse("Too many requests; wait a few seconds.", 429, {"Retry-After": "5"})
         hosts = headers.getlist("host")
         if len(hosts) != 1 or _name(f"//{hosts[0]}") not in self._hosts:

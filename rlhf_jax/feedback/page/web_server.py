@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import resource
-from typing import Any
+from typing import Any, ClassVar
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -20,7 +20,7 @@ class _Protocol(H11Protocol):
     """HTTP/1.1 that closes connections whose requests do not arrive, which uvicorn itself would keep."""
 
     _timer: asyncio.TimerHandle | None = None
-    _of_address: collections.Counter[str] = collections.Counter()
+    _of_address: ClassVar[collections.Counter[str]] = collections.Counter()
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
