@@ -63,6 +63,8 @@ class Options:
     """Names under which the server is reached."""
     secure: bool = False
     """Whether it is reached over HTTPS only."""
+    requests_per_second: float = 20.0
+    """Number of requests of one person, after a first burst of three times as many."""
 
     @property
     def chat_set(self) -> str:
@@ -91,7 +93,12 @@ def make_app(opened: store.Store, options: Options) -> Any:
     if options.policy is not None:
         routes.append(Route("/chat", _endpoint(page.show_chat), methods=["GET"]))
         routes.append(Route("/chat", _endpoint(page.chat), methods=["POST"]))
-    guard = Middleware(protection.Protection, hosts=options.hosts, secure=options.secure)
+    guard = Middleware(
+        protection.Protection,
+        hosts=options.hosts,
+        secure=options.secure,
+        requests_per_second=options.requests_per_second,
+    )
     return Starlette(routes=routes, middleware=[guard], exception_handlers={HTTPException: page.error, 500: page.error})
 
 
@@ -137,12 +144,13 @@ class _Page:
 
     def error(self, request: Request, error: Exception) -> Response:
         """Says what was wrong with a request, in the form that its sender reads."""
-        code = error.status_code if isinstance(error, HTTPException) else 500
-        detail = (
-            error.detail if isinstance(error, HTTPException) else "The server has failed. Nothing is lost; try again."
-        )
+        code, detail = 500, "The server has failed. Nothing is lost; try again."
+        if isinstance(error, HTTPException):
+            if error.headers:
+                return _redirect(error.headers["Location"])
+            code, detail = error.status_code, error.detail
         if "text/html" not in request.headers.get("accept", ""):
-            return PlainTextResponse(str(text_display.visible(detail).unescape()), code)
+            return PlainTextResponse(str(text_display.visible(detail).striptags()), code)
         return self._render("error.html", None, status=code, code=code, detail=detail)
 
     def home(self, request: Request) -> Response:

@@ -56,7 +56,7 @@ class Rate:
 class Protection:
     """Checks the host, the origin, the rate and the size of each request, and adds headers to each response."""
 
-    def __init__(self, app: Any, *, hosts: Collection[str], secure: bool) -> None:
+    def __init__(self, app: Any, *, hosts: Collection[str], secure: bool, requests_per_second: float) -> None:
         """Stores the arguments.
 
         Args:
@@ -64,11 +64,13 @@ class Protection:
             hosts: Names, without the port, under which the server is reached. Others are refused, so that a foreign
                 name cannot be made to lead here.
             secure: Whether the server is reached over HTTPS only.
+            requests_per_second: Number of requests of one session; of one address, ten times as many.
         """
         self._app, self._hosts = app, {name.lower() for name in hosts}
         self._headers = HEADERS | ({"Strict-Transport-Security": "max-age=31536000"} if secure else {})
         # A session is one person; an address can be a whole office.
-        self._sessions, self._addresses = Rate(20.0, 60), Rate(200.0, 1000)
+        self._sessions = Rate(requests_per_second, int(3 * requests_per_second))
+        self._addresses = Rate(10 * requests_per_second, int(50 * requests_per_second))
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Handles a request."""
