@@ -74,6 +74,17 @@ def shown_texts(text):
     return ["\n".join(re.findall(r'<div class="text" dir="auto">(.*?)</div>', each, re.DOTALL)) for each in sections]
 
 
+def wait_for(url, process):
+    """Waits until a server process answers."""
+    for _ in range(2400):
+        try:
+            return httpx.get(url)
+        except httpx.TransportError:
+            assert process.poll() is None, "the server has ended"
+            time.sleep(0.05)
+    raise AssertionError("the server does not answer")
+
+
 class Server:
     """A server process."""
 
@@ -86,14 +97,8 @@ class Server:
             f"{self.before}\nfrom tests.cases import labeling_page\nlabeling_page.main(*{[str(self.path), self.port]})"
         )
         self.process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
-        for _ in range(1200):
-            try:
-                httpx.get(self.url)
-                return self
-            except httpx.TransportError:
-                assert self.process.poll() is None, "the server has ended"
-                time.sleep(0.05)
-        raise AssertionError("the server does not answer")
+        wait_for(self.url, self.process)
+        return self
 
     def kill(self):
         self.process.kill()

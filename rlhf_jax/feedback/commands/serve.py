@@ -49,7 +49,8 @@ class Serve:
     lease_minutes: float = 30.0
     """Time after which an item that a labeler has opened is offered to others."""
     policy: str | None = None
-    """Folder of a model in Hugging Face format with which people chat; it answers each message with two samples."""
+    """Folder of a model in Hugging Face format, or of the run of a command that saved one. People chat with it; it
+    answers each message with two samples."""
     red_team: bool = False
     """Whether people of the chat try to elicit harm, and choose the more harmful answer."""
     temperature: float = 1.0
@@ -139,6 +140,12 @@ def _secret(path: str) -> str:
     return secret
 
 
+def _model_folder(path: pathlib.Path) -> pathlib.Path:
+    """Returns a folder, or that of the model in it if it is the folder of a run."""
+    saved = (path / name for name in ("model", "ppo", "policy", "sft"))
+    return next((each for each in saved if (each / "config.json").is_file()), path)
+
+
 def _policy(settings: Serve) -> dict[str, Any]:
     """Returns the options of the page that concern the policy."""
     if settings.policy is None:
@@ -148,7 +155,7 @@ def _policy(settings: Serve) -> dict[str, Any]:
     from rlhf_jax import feedback, generation, lm
     from rlhf_jax.data import chat, dialogues, tokenizers
 
-    folder = pathlib.Path(settings.policy)
+    folder = _model_folder(pathlib.Path(settings.policy))
     cfg, params = lm.load(folder)
     hf = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     fmt = chat.chat_format(tokenizers.load(folder), model_type=hf.get("model_type"))
@@ -184,4 +191,4 @@ def _policy(settings: Serve) -> dict[str, Any]:
 
     described = {"temperature": settings.temperature, "max_new_tokens": settings.max_new_tokens, "seed": settings.seed}
     described |= {} if settings.top_p is None else {"top_p": settings.top_p}
-    return {"policy": policy, "policy_name": folder.resolve().name, "sampling": described}
+    return {"policy": policy, "policy_name": pathlib.Path(settings.policy).resolve().name, "sampling": described}

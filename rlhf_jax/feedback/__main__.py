@@ -1,0 +1,5 @@
+import sys, tyro
+from rlhf_jax.feedback.commands import serve
+
+assert sys.argv.pop(1) == "serve"
+serve.run(tyro.cli(serve.Serve))

@@ -1,0 +1,89 @@
+"""Many people label at once while the server is killed: nothing is lost or doubled.
+
+With ``-m slow -s``, 200 people give one judgement every five seconds for five minutes, and the response times are
+printed.
+"""
+
+import asyncio
+import time
+
+import numpy as np
+import pytest
+
+pytest.importorskip("starlette")
+import httpx
+
+from rlhf_jax.feedback import store
+from tests.cases import labeling_page as cases
+from tests.cases.labeling_page import HTML, hidden
+from tests.feedback.page.test_attacks import free_port
+
+
+class Person:
+    """Labels like the script of the page: sends a form again until the server answers."""
+
+    def __init__(self, server, token, seconds):
+        self.client = httpx.AsyncClient(base_url=server.url, timeout=30.0)
+        self.token, self.seconds, self.sent = token, seconds, 0
+
+    async def ask(self, method, path, **options):
+        while True:
+            start = time.perf_counter()
+            try:
+                response = await self.client.request(method, path, **options)
+            except httpx.TransportError:
+                self.seconds.append((time.time(), np.inf))
+                await asyncio.sleep(0.2)
+                continue
+            self.seconds.append((time.time(), time.perf_counter() - start))
+            if response.status_code < 400:
+                return response
+            assert response.status_code in (429, 503), response.text
+            await asyncio.sleep(0.2)
+
+    async def label(self, every, until, delay):
+        await asyncio.sleep(delay)
+        await self.ask("POST", "/sign-in", data={"token": self.token})
+        while time.time() < until:
+            start = time.time()
+            page = await self.ask("GET", "/judge", headers=HTML)
+            await self.ask("POST", "/judge", data=hidden(page.text) | {"answer": "3"})
+            self.sent += 1
+            await asyncio.sleep(max(0.0, start + every - time.time()))
+        await self.client.aclose()
+
+
+@pytest.mark.parametrize(
+    ("n_people", "every", "duration"), [(10, 0.2, 4.0), pytest.param(200, 5.0, 300.0, marks=pytest.mark.slow)]
+)
+def test_nothing_is_lost_or_doubled(tmp_path, n_people, every, duration):
+    path = tmp_path / "a.sqlite"
+    with store.Store(path) as opened:
+        opened.add(cases.pairs(max(200, int(2 * n_people * duration / every))), set_name="a")
+        tokens = [opened.add_labeler(f"labeler {i}") for i in range(n_people)]
+    seconds, killed = [], []
+
+    async def run(server):
+        until = time.time() + duration
+        people = [Person(server, token, seconds) for token in tokens]
+        work = [each.label(every, until, every * i / n_people) for i, each in enumerate(people)]
+
+        async def kill():
+            await asyncio.sleep(duration / 2)
+            killed.append(time.time())
+            await asyncio.to_thread(server.kill)
+            await asyncio.to_thread(server.start)
+            killed.append(time.time())
+
+        await asyncio.gather(kill(), *work)
+        return sum(each.sent for each in people)
+
+    with cases.Server(path, free_port()) as server:
+        sent = asyncio.run(run(server))
+    with store.Store(path, read_only=True) as opened:
+        history = opened.history("a")
+        assert len(history) == sent >= n_people
+        assert len({(each.labeler, each.item) for each in history}) == sent
+    taken = 1000 * np.array([took for when, took in seconds if not killed[0] - 1 < when < killed[1] + 5])
+    print(f"\n{sent} judgements, {len(taken)} requests while the server ran: ", end="")
+    print(", ".join(f"p{q} {np.percentile(taken, q):.1f} ms" for q in (50, 95, 99, 100)))
