@@ -3,11 +3,24 @@
 // Sends the forms of the labelling page, also if the server does not answer for a while, and handles the keyboard and
 // dragging. Without this script, the forms still work.
 
-const form = document.querySelector("#answer-form, #message-form");
-const status = document.querySelector("#status");
-const started = Date.now();
-let hidden = 0;
-let hiddenSince = document.hidden ? Date.now() : null;
+let form, status, started, hidden, hiddenSince;
+
+// Prepares a page, which is the first one or has replaced another.
+function setUp() {
+  form = document.querySelector("#answer-form, #message-form");
+  status = document.querySelector("#status");
+  started = Date.now();
+  hidden = 0;
+  hiddenSince = document.hidden ? started : null;
+  if (!form) return;
+  form.classList.add("scripted");
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    send();
+  });
+  if (form.dataset.draft) restoreDraft();
+  if (form.classList.contains("ranking")) setUpDragging();
+}
 
 document.addEventListener("visibilitychange", () => {
   if (document.hidden) hiddenSince = Date.now();
@@ -17,57 +30,46 @@ document.addEventListener("visibilitychange", () => {
   }
 });
 
-if (form) {
-  form.classList.add("scripted");
-  form.addEventListener("submit", (event) => {
-    event.preventDefault();
-    send();
-  });
-}
-
 // ---------------------------------------------------------------------------------------------------------- sending
 
+// Sends the form until the server answers with the next page, which then replaces this one. The page is not left before,
+// so that nothing is lost; the server stores a form that arrives twice once.
 async function send() {
   const button = form.querySelector("button[type=submit]");
-  if (button.disabled) return;
-  if (!isComplete()) return;
+  if (button.disabled || !isComplete()) return;
   if (form.elements.seconds) form.elements.seconds.value = (Date.now() - started - hidden) / 1000;
   const body = new URLSearchParams(new FormData(form));
   button.disabled = true;
   status.textContent = form.id === "message-form" ? "The assistant is writing …" : "Saving …";
   for (let wait = 250; ; wait = Math.min(2 * wait, 4000)) {
     try {
-      const response = await fetch(form.getAttribute("action"), { method: "POST", body, redirect: "manual" });
-      if (response.type === "opaqueredirect") {
+      const response = await fetch(form.getAttribute("action"), { method: "POST", body });
+      const text = await response.text();
+      if (response.redirected && response.ok) {
         if (form.dataset.draft) sessionStorage.removeItem(form.dataset.draft);
-        return await next();
+        return show(text, response.url);
       }
       if (response.status < 500 && response.status !== 429) {
-        status.textContent = await response.text();
+        status.textContent = text;
         button.disabled = false;
         return;
       }
     } catch {
       // The server cannot be reached.
     }
-    status.textContent = "The server does not answer. Your answer is kept and will be sent again; leave this page open.";
+    status.textContent = "The server does not answer. What you sent is kept and sent again; leave this page open.";
     await pause(wait);
   }
 }
 
-// Goes to the next page, once the server can be reached: a browser would show its own error page instead.
-async function next() {
-  const target = form.id === "answer-form" && form.getAttribute("action") === "/judge" ? "/judge" : location.href;
-  for (let wait = 250; ; wait = Math.min(2 * wait, 4000)) {
-    try {
-      await fetch("/static/page.css", { cache: "no-store" });
-      location.href === target ? location.reload() : location.assign(target);
-      return;
-    } catch {
-      status.textContent = "Your answer is saved. Waiting for the server …";
-      await pause(wait);
-    }
-  }
+function show(text, url) {
+  const page = new DOMParser().parseFromString(text, "text/html");
+  document.title = page.title;
+  document.body.replaceWith(document.adoptNode(page.body));
+  history.replaceState(null, "", url);
+  window.scrollTo(0, 0);
+  document.querySelector("main").focus();
+  setUp();
 }
 
 function pause(milliseconds) {
@@ -85,7 +87,7 @@ function isComplete() {
 
 // ----------------------------------------------------------------------------------------------------------- drafts
 
-if (form && form.dataset.draft) {
+function restoreDraft() {
   const draft = JSON.parse(sessionStorage.getItem(form.dataset.draft) || "null");
   for (const [name, value] of Object.entries(draft || {})) {
     for (const field of form.querySelectorAll(`[name="${CSS.escape(name)}"]`)) {
@@ -156,7 +158,7 @@ function numberFromTop() {
   [...form.querySelectorAll(".completion select")].forEach((select, place) => setRank(select, place + 1));
 }
 
-if (form && form.classList.contains("ranking")) {
+function setUpDragging() {
   const list = form.querySelector(".completions");
   let dragged = null;
   for (const card of list.children) {
@@ -187,3 +189,5 @@ if (form && form.classList.contains("ranking")) {
     }
   }
 }
+
+setUp();
