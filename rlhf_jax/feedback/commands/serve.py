@@ -6,9 +6,9 @@ import dataclasses
 import json
 import pathlib
 import sys
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
+from tyro.conf import Positional
 
 from rlhf_jax.feedback import store
 
@@ -16,14 +16,14 @@ MIN_SECRET = 16
 """Number of characters of an access secret."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Serve:
     """Serves a page on which people label the items of a store.
 
     People sign in with the tokens that ``assign`` prints. Stop the server with Ctrl-C; nothing is lost if it is killed.
     """
 
-    store: Annotated[str, tyro.conf.Positional]
+    store: Positional[str]
     """The comparison store."""
     set: str | None = None
     """Name of the set that is labelled. It may be left out if the store has one set, and names a new set for a chat."""

@@ -9,13 +9,13 @@ from urllib.parse import quote
 import pytest
 
 pytest.importorskip("starlette")
+import page_cases as cases
+from page_cases import HTML, hidden
 from starlette.testclient import TestClient
 
 from rlhf_jax.feedback import store
 from rlhf_jax.feedback.judgements import Completion, Item, Prompt
 from rlhf_jax.feedback.page import protection, sessions, web_server
-from tests.cases import labeling_page as cases
-from tests.cases.labeling_page import HTML, hidden
 
 SCRIPT = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>\x1b[31m\u202e{{7*7}}"
 
@@ -234,11 +234,12 @@ def test_attacks_change_nothing(scene, name):
 def test_texts_of_others_are_never_markup(scene):
     for client, path in ((scene.ben, "/judge"), (scene.ben, "/instructions"), (scene.owner, "/report")):
         text = client.get(path, headers=HTML).text
-        assert "<script>alert" not in text and "<img" not in text and "49" not in text
+        assert "<script>alert" not in text and "<img" not in text
         assert not set(text) & set("\x1b\u202e")
     scene.opened.assign("Ada", set_name="a", item=scene.ids[3])
     text = scene.ada.get(f"/judge?item={scene.ids[3]}", headers=HTML).text
     assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 4 and "<script>alert" not in text
+    assert "{{7*7}}" in text
     assert 'U+001B</span>[31m<span class="control">U+202E' in text and not set(text) & set("\x1b\u202e")
     form = hidden(text) | {"answer": "1", "comment": SCRIPT}
     assert scene.ada.post("/judge", data=form).status_code == 200
@@ -295,7 +296,7 @@ def test_slow_requests_do_not_hold_the_server(tmp_path, monkeypatch):
     timeout = "from rlhf_jax.feedback.page import protection, web_server\n"
     timeout += "protection.BODY_TIMEOUT = web_server.HEADER_TIMEOUT = 0.5\nweb_server.MAX_CONNECTIONS = 60\n"
     assert protection.BODY_TIMEOUT == web_server.HEADER_TIMEOUT == 10.0
-    with cases.Server(path, free_port(), before=timeout) as server:
+    with cases.Server(path, cases.free_port(), before=timeout) as server:
         address = ("127.0.0.1", server.port)
         slow = [socket.create_connection(address) for _ in range(50)]
         head = b"POST /sign-in HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/x-www-form-urlencoded\r\n"
@@ -327,8 +328,3 @@ def test_slow_requests_do_not_hold_the_server(tmp_path, monkeypatch):
             each.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"X: " + b"y" * 200_000 + b"\r\n\r\n")
             assert each.recv(100).startswith(b"HTTP/1.1 4")
         assert cases.httpx.get(server.url).status_code == 200
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return found.getsockname()[1]

@@ -14,11 +14,10 @@ import pytest
 pytest.importorskip("starlette")
 import httpx
 import launch
+import page_cases as cases
+from page_cases import HTML, ROOT, hidden
 
 from rlhf_jax.feedback import store
-from tests.cases import labeling_page as cases
-from tests.cases.labeling_page import HTML, ROOT, hidden
-from tests.feedback.page.test_attacks import free_port
 
 EXPERIMENTS = pathlib.Path(launch.__path__[0]).parent
 WORDS = ("tea", "milk", "bread", "salt", "rice", "fish", "corn", "plum")
@@ -37,7 +36,7 @@ def question(i):
 
 def demonstrations(path):
     answers = ("I like {}.", "I like {} very much, thank you.")
-    turns = [(question(i), answers[i % 2].format(WORDS[i * 5 % 8])) for i in range(128)]
+    turns = [(question(i), each.format(WORDS[i % 8])) for i in range(64) for each in answers]
     lines = [{"messages": [{"role": r, "content": c} for r, c in zip(("user", "assistant"), t)]} for t in turns]
     path.write_text("\n".join(map(json.dumps, lines)))
 
@@ -71,7 +70,7 @@ def test_choices_of_people_improve_a_policy(tmp_path, quick):
     run("sft.py", "--model", "tiny", "--data.path", shown, "--steps", steps, *flags, "--out", sft)
     with store.Store(labels) as opened:
         token = opened.add_labeler("Ada")
-    port = free_port()
+    port = cases.free_port()
     serve = [sys.executable, "-m", "rlhf_jax.feedback", "serve", str(labels), "--set", "round 1", "--policy", str(sft)]
     with subprocess.Popen([*serve, "--port", str(port), "--max-new-tokens", "24"], cwd=ROOT) as server:
         try:

@@ -7,13 +7,13 @@ import re
 import pytest
 
 pytest.importorskip("starlette")
+import page_cases as cases
+from page_cases import HTML, hidden, label_next
 from starlette.testclient import TestClient
 
 from rlhf_jax.feedback import store
 from rlhf_jax.feedback.judgements import Completion, Item, Judgement, Prompt
 from rlhf_jax.feedback.page import labeling_app, sessions
-from tests.cases import labeling_page as cases
-from tests.cases.labeling_page import HTML, hidden, label_next
 
 
 @pytest.fixture
@@ -145,7 +145,8 @@ def test_who_is_not_signed_in_is_sent_to_sign_in(opened):
 def test_sessions_end_and_are_not_stored_in_clear(opened):
     opened.add_labeler("Ada")
     secret = sessions.start(opened, "Ada", now=0.0)
-    assert sessions.find(opened, secret, now=sessions.LIFETIME - 1).name == "Ada"
+    found = sessions.find(opened, secret, now=sessions.LIFETIME - 1)
+    assert found is not None and found.name == "Ada"
     assert sessions.find(opened, secret, now=sessions.LIFETIME) is None
     other = sessions.start(opened, "Ada", now=10.0)
     opened.revoke("Ada")

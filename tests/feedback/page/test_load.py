@@ -12,11 +12,10 @@ import pytest
 
 pytest.importorskip("starlette")
 import httpx
+import page_cases as cases
+from page_cases import HTML, hidden
 
 from rlhf_jax.feedback import store
-from tests.cases import labeling_page as cases
-from tests.cases.labeling_page import HTML, hidden
-from tests.feedback.page.test_attacks import free_port
 
 
 class Person:
@@ -78,7 +77,7 @@ def test_nothing_is_lost_or_doubled(tmp_path, n_people, every, duration):
         await asyncio.gather(kill(), *work)
         return sum(each.sent for each in people)
 
-    with cases.Server(path, free_port()) as server:
+    with cases.Server(path, cases.free_port()) as server:
         sent = asyncio.run(run(server))
     with store.Store(path, read_only=True) as opened:
         history = opened.history("a")

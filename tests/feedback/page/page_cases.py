@@ -3,6 +3,7 @@
 import html
 import pathlib
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from rlhf_jax.feedback import page, store
 from rlhf_jax.feedback.judgements import Completion, Item, Prompt
 
 HTML = {"accept": "text/html"}
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[3]
 
 
 def pairs(n, start=0, text="Question {}?", **others):
@@ -74,6 +75,11 @@ def shown_texts(text):
     return ["\n".join(re.findall(r'<div class="text" dir="auto">(.*?)</div>', each, re.DOTALL)) for each in sections]
 
 
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return found.getsockname()[1]
+
+
 def wait_for(url, process):
     """Waits until a server process answers."""
     for _ in range(2400):
@@ -93,14 +99,13 @@ class Server:
         self.url = f"http://127.0.0.1:{port}"
 
     def start(self):
-        code = (
-            f"{self.before}\nfrom tests.cases import labeling_page\nlabeling_page.main(*{[str(self.path), self.port]})"
-        )
-        self.process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+        code = f"{self.before}\nimport page_cases\npage_cases.main({str(self.path)!r}, {self.port})"
+        self.process = subprocess.Popen([sys.executable, "-c", code], cwd=pathlib.Path(__file__).parent)
         wait_for(self.url, self.process)
         return self
 
     def kill(self):
+        assert self.process is not None
         self.process.kill()
         self.process.wait()
 
