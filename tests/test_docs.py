@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 
+from rlhf_jax.feedback import __main__ as store_commands
+
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "experiments" / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 PAGES = [page for page in PAGES if not {"_build", "tutorials", "jupyter_execute"} & set(page.parts)]
@@ -91,12 +93,28 @@ def test_commands_name_scripts_and_flags_that_exist(name, flags):
         assert given <= known, f"{command}: unknown {sorted(given - known)}"
 
 
+def store_flags(name):
+    """Returns the flags of a command of a comparison store."""
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), pytest.raises(SystemExit):
+        store_commands.main([name, "--help"])
+    return {"--help", *re.findall(r"--[\w.-]+", shown.getvalue())}
+
+
+def test_commands_of_a_store_name_flags_that_exist():
+    for page in PAGES:
+        for name, rest in re.findall(r"python -m rlhf_jax\.feedback (\w+)([^`\n]*)", page.read_text(encoding="utf-8")):
+            given = {argument.split("=")[0] for argument in shlex.split(rest) if argument.startswith("--")}
+            assert given <= store_flags(name), f"{page}: {name}{rest}"
+
+
 def test_flags_that_pages_mention_exist(flags):
     scripts = [f"experiments/{path.name}" for path in sorted((ROOT / "experiments").glob("*.py"))]
     known = set().union(*(flags(script, own) for script in scripts for own in (False, True))) | {
         "--doctest-modules",
         "--keep-going",
     }
+    known = known.union(*map(store_flags, ("serve", "assign", "report", "export", "import")))
     for name, page in NAMES.items():
         mentioned = set(re.findall(r"`(--[a-z][\w.-]*\w)(?![\w.*-])", page.read_text(encoding="utf-8")))
         assert mentioned <= known, f"{name}: unknown {sorted(mentioned - known)}"

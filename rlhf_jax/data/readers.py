@@ -44,7 +44,7 @@ def read_demonstrations(
     Raises:
         DataError: If the source cannot be read, a record has the wrong form, or too many records are dropped.
     """
-    return _read(source, records.parse_demonstration, counts, "prompt and response, or messages")
+    return read(source, records.parse_demonstration, counts=counts, fields="prompt and response, or messages")
 
 
 def read_rankings(
@@ -65,26 +65,46 @@ def read_rankings(
     - ``"margin and scores disagree"``: the margin deviates from the difference of the scores by more than 1 % of the
       largest absolute value among the margin and the scores
     """
-    return _read(source, records.parse_ranking, counts, "chosen and rejected, or prompt, responses and ranks")
+    return read(
+        source, records.parse_ranking, counts=counts, fields="chosen and rejected, or prompt, responses and ranks"
+    )
 
 
 def read_judged(
     source: sources.Source, *, counts: errors.DropCount | None = None
 ) -> tuple[list[records.Judged], errors.DropCount]:
     """Reads answers labelled good or bad; see `read_demonstrations` for drop reasons, arguments, results and errors."""
-    return _read(source, records.parse_judged, counts, "prompt, response and label")
+    return read(source, records.parse_judged, counts=counts, fields="prompt, response and label")
 
 
 def read_prompts(
     source: sources.Source, *, counts: errors.DropCount | None = None
 ) -> tuple[list[records.Prompt], errors.DropCount]:
     """Reads prompts; see `read_demonstrations` for drop reasons, arguments, results and errors."""
-    return _read(source, records.parse_prompt, counts, "prompt")
+    return read(source, records.parse_prompt, counts=counts, fields="prompt")
 
 
-def _read(
-    source: sources.Source, parse: Callable[..., Record], counts: errors.DropCount | None, fields: str
+def read(
+    source: sources.Source,
+    parse: Callable[..., Record],
+    *,
+    counts: errors.DropCount | None = None,
+    fields: str = "named fields",
 ) -> tuple[list[Record], errors.DropCount]:
+    """Reads records of any kind; see `read_demonstrations` for drop reasons and errors.
+
+    Args:
+        source: A path, a list of paths, or `sources.Tfds`.
+        parse: ``parse(fields, location=...)`` returns a record, or raises DataError or `errors.UnusableRecord`.
+        counts: Counts dropped records and limits their share; None creates a ``DropCount()``.
+        fields: Description of the expected fields for error messages.
+
+    Returns:
+        ``(records, counts)``, with the records in the order of the source.
+
+    Raises:
+        DataError: If the source cannot be read, a record has the wrong form, or too many records are dropped.
+    """
     counts = errors.DropCount() if counts is None else counts
     stage = counts.stage()
     parsed: list[Record] = []

@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import jax
 import numpy as np
 import numpy.typing as npt
 
 from rlhf_jax import lm, types
-from rlhf_jax.diagnostics import intervals
 from rlhf_jax.feedback import asking
+
+if TYPE_CHECKING:
+    from rlhf_jax.diagnostics import intervals
 
 
 class Pair(NamedTuple):
@@ -193,6 +195,8 @@ def agreement(
         clusters: What each pair asks, such as its conversation: pairs that ask the same are not independent. None if
             all pairs are independent.
     """
+    from rlhf_jax.diagnostics import intervals  # whose scipy takes a second to import, which a store need not wait for
+
     known_N = ~np.isnan(labels.preference_N)
     preference_N, first_N = labels.preference_N[known_N], np.asarray(first_is_better_N, bool)[known_N]
     right_N = np.where(is_tie(preference_N), 0.5, (preference_N > 0.5) == first_N)

@@ -189,6 +189,11 @@ class Store:
             found = db.execute("SELECT set_name FROM items GROUP BY set_name ORDER BY MIN(number)")
             return [row["set_name"] for row in found]
 
+    def require_set(self, name: str) -> None:
+        """Raises StoreError if the store has no set of this name."""
+        if name not in (sets := self.sets()):
+            raise StoreError(f"{self.path} has no set {name!r}; its sets are {', '.join(map(repr, sets)) or 'none'}")
+
     def items(self, set_name: str | None = None) -> dict[str, judgements.Item]:
         """Returns the items of a set, or of all sets, by identifier, in the order in which they were added."""
         with self.transaction() as db:

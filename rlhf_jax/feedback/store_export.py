@@ -12,6 +12,7 @@ gold questions and hidden duplicates, which only measure labelers. They are coun
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections import Counter
@@ -59,7 +60,7 @@ def export(opened: store.Store, path: str | os.PathLike[str], *, set_name: str |
         StoreError: No item has a comparison.
     """
     found = rows(opened, set_name)
-    return _write(opened, path, found, (row.fields for row in found if row.skipped is None))
+    return write_records(opened, path, found, (row.fields for row in found if row.skipped is None))
 
 
 def export_preferences(
@@ -72,18 +73,66 @@ def export_preferences(
     """
     found = rows(opened, set_name)
     pairs = (pair for row in found if row.skipped is None for pair in _message_pairs(row.fields))
-    return _write(opened, path, found, pairs)
+    return write_records(opened, path, found, pairs)
 
 
-def _write(
+def export_judgements(opened: store.Store, path: str | os.PathLike[str], *, set_name: str | None = None) -> None:
+    """Writes all judgements of a set, or of all sets, as JSON lines, oldest first, for analysis.
+
+    A line has the number, labeler, item, set, kind and time of a judgement, the fields of `judgements.Judgement`, and
+    ``latest``, whether no later judgement of the labeler about the item replaces it. ``duplicate_of`` and ``gold`` say
+    whether the item only measures labelers.
+
+    Raises:
+        StoreError: There is no judgement.
+    """
+    with opened.transaction():
+        latest = {each.number for each in opened.latest(set_name)}
+        history = opened.history(set_name)
+        items = {
+            id: (name, item)
+            for name in ([set_name] if set_name is not None else opened.sets())
+            for id, item in opened.items(name).items()
+        }
+    lines = []
+    for each in history:
+        name, item = items[each.item]
+        about = {"number": each.number, "labeler": each.labeler, "item": each.item, "set": name, "kind": item.kind}
+        about |= {"duplicate_of": item.duplicate_of, "gold": item.expected is not None}
+        about |= {"time": each.time, "latest": each.number in latest}
+        lines.append(about | dataclasses.asdict(each.judgement))
+    if not lines:
+        raise store.StoreError(f"{opened.path} has no judgement to export")
+    _replace(path, lines)
+
+
+def _replace(path: str | os.PathLike[str], lines: Iterable[dict[str, Any]]) -> None:
+    atomic.replace_file(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+
+
+def write_records(
     opened: store.Store, path: str | os.PathLike[str], found: Sequence[Row], lines: Iterable[dict[str, Any]]
 ) -> Counter[str]:
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    """Writes records made of rows as JSON lines, and returns the number of skipped rows by reason.
+
+    Args:
+        opened: The store.
+        path: The file.
+        found: The rows.
+        lines: The records.
+
+    Returns:
+        The number of rows that are skipped, by reason.
+
+    Raises:
+        StoreError: There are no records.
+    """
+    lines = list(lines)
     skipped = Counter(row.skipped for row in found if row.skipped is not None)
-    if not text:
+    if not lines:
         reasons = ", ".join(f"{reason}: {n}" for reason, n in sorted(skipped.items())) or "it has no item"
         raise store.StoreError(f"{opened.path} has no comparison to export ({reasons})")
-    atomic.replace_file(path, text.encode())
+    _replace(path, lines)
     return skipped
 
 
@@ -132,14 +181,16 @@ def _message(answer: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": answer} if isinstance(answer, str) else answer
 
 
-def _message_pairs(fields: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    """Yields every two answers of different ranks, in the form of `export_preferences`."""
+def answer_pairs(fields: dict[str, Any]) -> list[tuple[Any, Any]]:
+    """Returns every two answers of a record that have different ranks, the better one first."""
     if "chosen" in fields:
-        pairs = [(fields["chosen"], fields["rejected"])]
-    else:
-        ranked = sorted(zip(fields["ranks"], fields["responses"]), key=lambda each: each[0])
-        pairs = [(a, b) for i, (better, a) in enumerate(ranked) for worse, b in ranked[i + 1 :] if better < worse]
-    for chosen, rejected in pairs:
+        return [(fields["chosen"], fields["rejected"])]
+    ranked = sorted(zip(fields["ranks"], fields["responses"]), key=lambda each: each[0])
+    return [(a, b) for i, (better, a) in enumerate(ranked) for worse, b in ranked[i + 1 :] if better < worse]
+
+
+def _message_pairs(fields: dict[str, Any]) -> Iterable[dict[str, Any]]:
+    for chosen, rejected in answer_pairs(fields):
         yield {
             **{key: fields[key] for key in ("prompt", "tools") if key in fields},
             "chosen": [_message(chosen)],

@@ -1,11 +1,15 @@
-"""Import of comparisons from files into a comparison store."""
+"""Import of comparisons, annotations and completions from files into a comparison store."""
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
-from rlhf_jax.data import dialogues, errors, readers, records, sources
-from rlhf_jax.feedback import judgements, store
+from rlhf_jax.data import errors, readers, records, sources
+from rlhf_jax.data.stores import annotated, argilla, completion_sets, label_studio
+from rlhf_jax.feedback import store
 
 _OF_EXPORTS = {"item", "set", "labelers"}
 """Metadata that `rlhf_jax.feedback.store_export` adds to each record."""
@@ -16,7 +20,7 @@ def import_pairs(
     source: sources.Source,
     *,
     set_name: str,
-    labeler: str = "import",
+    labeler: str = annotated.IMPORT,
     counts: errors.DropCount | None = None,
 ) -> tuple[list[str], errors.DropCount]:
     """Adds pairs and rankings in any form that `readers.read_rankings` reads, each with one judgement.
@@ -38,61 +42,78 @@ def import_pairs(
     Raises:
         DataError: The source cannot be read, too many records are dropped, or one has more answers than an item.
     """
-    rankings, counts = readers.read_rankings(source, counts=counts)
-    items = [_item(ranking) for ranking in rankings]
-    for ranking in rankings:
-        if ranking.scores is not None or ranking.margin is not None:
-            counts.note("scores or margin not kept")
-    with opened.transaction(write=True):
-        if labeler not in [each.name for each in opened.labelers()]:
-            opened.add_labeler(labeler)
-        ids = opened.add(items, set_name=set_name)
-        for id, ranking in zip(ids, rankings):
-            judgement = _judgement(ranking)
-            key = hashlib.sha256(f"{id} {judgement.ranks} {judgement.preference}".encode()).hexdigest()
-            opened.record(labeler, id, judgement, key=key)
-    for _ in range(len(ids) - len(set(ids))):
-        counts.note("record that repeats another not kept")
-    return ids, counts
+    found, counts = readers.read(source, parse_ranking, counts=counts, fields="chosen and rejected")
+    added = annotated.add(opened, found, set_name=set_name, labeler=labeler, counts=counts)
+    return added.ids, counts
 
 
-def _item(ranking: records.Ranking) -> judgements.Item:
-    if len(ranking.responses) > judgements.MAX_COMPLETIONS:
-        raise errors.DataError(
-            f"{ranking.location}: the record has {len(ranking.responses)} answers; an item of a comparison store has "
-            f"at most {judgements.MAX_COMPLETIONS}"
-        )
-    metadata = dict(ranking.metadata)
-    if metadata.keys() >= _OF_EXPORTS:
-        metadata = {name: value for name, value in metadata.items() if name not in _OF_EXPORTS}
-    if _soft_label(ranking) is not None:
-        del metadata["preference"]
-    domain, category = (str(metadata.pop(name, "")) for name in ("domain", "category"))
-    return judgements.Item(
-        prompt=judgements.Prompt([_message(turn) for turn in ranking.prompt], domain, category, ranking.tools),
-        completions=[_completion(answer) for answer in ranking.responses],
-        metadata=metadata,
+def parse_ranking(fields: Any, *, location: str = "") -> annotated.Annotated:
+    """Parses a pair or ranking as a record with one judgement; see `rlhf_jax.data.records` for forms and errors."""
+    ranking = records.parse_ranking(fields, location=location)
+    if ranking.metadata.keys() >= _OF_EXPORTS:
+        kept = {name: value for name, value in ranking.metadata.items() if name not in _OF_EXPORTS}
+        ranking = dataclasses.replace(ranking, metadata=kept)
+    return annotated.from_ranking(ranking)
+
+
+def read(
+    paths: sources.Path | list[sources.Path],
+    *,
+    form: completion_sets.Form | None = None,
+    pairs_per_prompt: int | None = None,
+    seed: int = 0,
+    question: str | None = None,
+    counts: errors.DropCount | None = None,
+) -> tuple[list[annotated.Annotated], errors.DropCount]:
+    """Reads files for a store, each in the form that its first record has.
+
+    The forms are those of `readers.read_rankings`, of `label_studio`, of `argilla` and of `completion_sets`, whose
+    records from all files are grouped by prompt and come last.
+
+    Args:
+        paths: A path or a list of paths; see `sources`.
+        form: What is made of completions without labels; see `completion_sets.group`. None means "pairs".
+        pairs_per_prompt: See `completion_sets.group`.
+        seed: See `completion_sets.group`.
+        question: See `argilla.parse`.
+        counts: Counts dropped records and limits their share; None creates a ``DropCount()``.
+
+    Returns:
+        ``(records, counts)``, ready for `annotated.add`.
+
+    Raises:
+        DataError: A file cannot be read, a record has the wrong form, or too many records are dropped; or an argument
+            has no effect on these files.
+    """
+    counts = errors.DropCount() if counts is None else counts
+    labelled: list[annotated.Annotated] = []
+    completions: list[annotated.Annotated] = []
+    used = set()
+    for path in sources.expand_paths(paths):
+        parse = _parser(path)
+        used.add(parse)
+        if parse is argilla.parse:
+            found, _ = readers.read(path, partial(parse, question=question), counts=counts, fields="fields")
+        else:
+            found, _ = readers.read(path, parse, counts=counts, fields="chosen and rejected, or prompt and responses")
+        (completions if parse is completion_sets.parse else labelled).extend(found)
+    if question is not None and argilla.parse not in used:
+        raise errors.DataError(f"the question {question!r} has no effect: no file has records of Argilla")
+    if completion_sets.parse not in used and (form is not None or pairs_per_prompt is not None):
+        raise errors.DataError("a form of items and pairs per prompt have no effect: no file has completions alone")
+    if pairs_per_prompt is not None and form not in (None, "pairs"):
+        raise errors.DataError(f"pairs per prompt have no effect on items of the form {form!r}")
+    items = completion_sets.group(
+        completions, form=form or "pairs", pairs_per_prompt=pairs_per_prompt, seed=seed, counts=counts
     )
+    return labelled + items, counts
 
 
-def _judgement(ranking: records.Ranking) -> judgements.Judgement:
-    if len(ranking.responses) > 2:
-        return judgements.Judgement(ranks=ranking.ranks)
-    soft = _soft_label(ranking)
-    return judgements.Judgement(preference=1.0 if soft is None else soft)
-
-
-def _soft_label(ranking: records.Ranking) -> float | None:
-    preference = ranking.metadata.get("preference")
-    if len(ranking.responses) == 2 and isinstance(preference, float) and 0 <= preference <= 1:
-        return preference
-    return None
-
-
-def _message(turn: dialogues.Turn) -> dict[str, object]:
-    return {**turn.extra, "role": turn.role, "content": turn.text}
-
-
-def _completion(answer: dialogues.Answer) -> judgements.Completion:
-    turn = dialogues.answer_turn(answer)
-    return judgements.Completion(turn.text, extra=turn.extra)
+def _parser(path: sources.Path) -> Callable[..., annotated.Annotated]:
+    """Returns the parser for the first record of a file."""
+    raw = next((each for each in sources.raw_records(path) if each.skipped is None and each.flaw is None), None)
+    fields = {} if raw is None else {name: value for name, value in raw.fields.items() if value is not None}
+    for module in (label_studio, argilla, completion_sets):
+        if module.recognises(fields if module is not argilla or raw is None else raw.fields):
+            return module.parse
+    return parse_ranking
