@@ -250,8 +250,8 @@ def test_the_variance_of_kappa_is_that_of_leaving_out_pairs():
     rng = np.random.default_rng(2)
     votes_NM = np.where(rng.random((300, 4)) < 0.1, NAN, rng.random((300, 4)) < rng.beta(4, 0.5, size=(300, 1)))
     found = agreement.fleiss_kappa(votes_NM)
-    without_N = [agreement.fleiss_kappa(np.delete(votes_NM, n, axis=0)).mean for n in range(300)]
-    error = math.sqrt(299 / 300 * np.square(without_N - np.mean(without_N)).sum())
+    without_N = np.array([agreement.fleiss_kappa(np.delete(votes_NM, n, axis=0)).mean for n in range(300)])
+    error = math.sqrt(299 / 300 * np.square(without_N - without_N.mean()).sum())
     assert (found.hi - found.mean) / 1.968 == pytest.approx(error, rel=0.04)
 
 
