@@ -331,6 +331,23 @@ class Store:
             names = {"set": set_name, "who": self._labeler(db, labeler)["number"], "n": max_judgements, "most": most}
             return Progress(*(db.execute(query, names).fetchone()[0] for query in store_rows.PROGRESS))
 
+    def orders(self, set_name: str | None = None) -> dict[tuple[str, str], tuple[int, ...]]:
+        """Returns the order in which completions were shown, by labeler and item, for all assignments of a set.
+
+        ``set_name`` is None for all sets. An order is the index of the completion at each place, as in `Assignment`.
+        """
+        with self.transaction() as db:
+            rows = db.execute(
+                "SELECT labelers.name, items.id, items.completions, a.seed FROM assignments a "
+                "JOIN items ON items.id = a.item JOIN labelers ON labelers.number = a.labeler "
+                "WHERE :set IS NULL OR items.set_name = :set ORDER BY a.number",
+                {"set": set_name},
+            )
+            return {
+                (row["name"], row["id"]): judgements.shown_order(row["seed"], len(json.loads(row["completions"])))
+                for row in rows
+            }
+
     # --------------------------------------------------------------------------------------------------- judgements
 
     def record(

@@ -30,11 +30,13 @@ class Figure(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A section of the page with figures and numbers; omitted if it has neither."""
+    """A section of the page with a table, figures and numbers; omitted if it has none of them."""
 
     title: str
     figures: list[Figure]
     rows: Sequence[tuple[str, str]] = ()
+    table: Mapping[str, Any] | None = None
+    """Headings ``head``, ``rows`` with ``name``, ``color`` and ``cells``, as those of `table`, and a ``note``."""
 
 
 def write_report(

@@ -355,20 +355,21 @@ def test_the_best_of_k_is_the_sample_with_the_highest_score():
             assert best_PG[p, g] == gold_PN[p, max(group, key=lambda n: score_PN[p, n])]
 
 
-def test_ties_do_not_count_in_the_agreement_of_labelers():
-    assert c04_labeler_agreement._agreement(np.array([1, -1, 0, 1, 1]), np.array([1, 1, 1, 0, 1])) == 2 / 3
-    votes_LN = np.array([[1, 1, 1, -1], [1, -1, 0, -1], [-1, -1, -1, 0]])
-    np.testing.assert_array_equal(c04_labeler_agreement._majority(votes_LN), [1, -1, 0, -1])
-
-
 def test_different_labelers_judge_a_pair_and_follow_their_tastes():
     pool = labelers.make_pool(jax.random.key(0), 6, spread=0.2, temperature=1e-4)
     features_NF = np.random.default_rng(1).random((60, len(labelers.FEATURES))).astype(np.float32)
-    choice_LN = c04_labeler_agreement._choices(jax.random.key(1), pool, features_NF, features_NF[::-1])
+    votes_NL = c04_labeler_agreement._votes(jax.random.key(1), pool, features_NF, features_NF[::-1])
     share_N = np.asarray(labelers.preference_share(pool, jnp.asarray(features_NF), jnp.asarray(features_NF[::-1])))
-    assert (choice_LN[:, share_N == 1] == 1).all() and (choice_LN[:, share_N == 0] == -1).all()
-    assert 0 < np.mean(choice_LN[:, (share_N > 0) & (share_N < 1)] == 1) < 1
-    assert choice_LN.shape == (c04_labeler_agreement.LABELERS, 60)
+    assert (votes_NL[share_N == 1] == 1).all() and (votes_NL[share_N == 0] == 0).all()
+    assert 0 < np.mean(votes_NL[(share_N > 0) & (share_N < 1)] == 1) < 1
+    assert votes_NL.shape == (60, c04_labeler_agreement.LABELERS)
+
+
+def test_ties_do_not_count_in_the_agreement_of_labelers():
+    pool = labelers.make_pool(jax.random.key(0), 6, tie_width=1e9)
+    features_NF = np.random.default_rng(1).random((60, len(labelers.FEATURES))).astype(np.float32)
+    votes_NL = c04_labeler_agreement._votes(jax.random.key(1), pool, features_NF, features_NF[::-1])
+    assert np.isnan(votes_NL).all()
 
 
 def test_all_claims_are_described():

@@ -17,6 +17,7 @@ from claims import model_stages as ms
 from claims import sample_pool, verdicts
 from claims.claim import Claim, Measured
 from claims.trial import Trial
+from rlhf_jax.feedback.labelers import labeler_agreement
 from rlhf_jax.report import plots
 from rlhf_jax.simulation import labelers
 
@@ -40,16 +41,17 @@ def measure(trial: Trial) -> Measured:
     noise = labelers.calibrated_temperature(utility_a_NR, utility_b_NR, target=TARGET)
     a_NF, b_NF = (np.repeat(each_NF, DRAWS, axis=0) for each_NF in (a_NF, b_NF))
     noisy: labelers.Pool = pool.replace(temperature=jnp.float32(noise))  # type: ignore[attr-defined]
-    choice_LN = _choices(trial.key("comparisons"), noisy, a_NF, b_NF)
+    votes_NL = _votes(trial.key("comparisons"), noisy, a_NF, b_NF)
+    majority_N = labeler_agreement.mode(votes_NL[:, 1:])
     return {
         "closed form": labelers.agreement(utility_a_NR, utility_b_NR, temperature=noise),
-        "one labeler": _agreement(choice_LN[0], choice_LN[1]),
-        "majority of three": _agreement(choice_LN[0], _majority(choice_LN[1:])),
+        "one labeler": labeler_agreement.pairwise_agreement(votes_NL[:, :2]).share.mean,
+        "majority of three": labeler_agreement.agreement_with(votes_NL[:, :1], majority_N)[0].share.mean,
     }
 
 
-def _choices(key: jax.Array, pool: labelers.Pool, a_NF: np.ndarray, b_NF: np.ndarray) -> np.ndarray:
-    """Returns +1 where a labeler prefers answer a, -1 where answer b, 0 where it ties them: ``[LABELERS, N]``."""
+def _votes(key: jax.Array, pool: labelers.Pool, a_NF: np.ndarray, b_NF: np.ndarray) -> np.ndarray:
+    """Returns 1 where a labeler prefers answer a, 0 where answer b, NaN where it ties them: ``[N, LABELERS]``."""
     n, R = len(a_NF), len(pool.weights_RF)
     drawn_NR = jax.random.uniform(jax.random.fold_in(key, 1), (n, R))
     labeler_LN = jnp.argsort(drawn_NR, axis=1)[:, :LABELERS].T  # different labelers for each pair
@@ -59,18 +61,8 @@ def _choices(key: jax.Array, pool: labelers.Pool, a_NF: np.ndarray, b_NF: np.nda
         rank(jax.random.split(jax.random.fold_in(key, 2 + i), n), pool, labeler_N, pair_NKF, where_K)
         for i, labeler_N in enumerate(labeler_LN)
     ]
-    return np.stack([np.sign(np.asarray(rank_NK[:, 1] - rank_NK[:, 0])) for rank_NK in ranks])
-
-
-def _majority(choice_LN: np.ndarray) -> np.ndarray:
-    """Returns what most labelers prefer; 0 if as many prefer one answer as the other."""
-    return np.sign(choice_LN.sum(axis=0))
-
-
-def _agreement(first_N: np.ndarray, second_N: np.ndarray) -> float:
-    """Returns how often two choices are equal, among the pairs that neither ties."""
-    decided_N = (first_N != 0) & (second_N != 0)
-    return float(np.mean(first_N[decided_N] == second_N[decided_N]))
+    difference_NL = np.stack([np.asarray(rank_NK[:, 1] - rank_NK[:, 0]) for rank_NK in ranks], axis=1)
+    return np.where(difference_NL == 0, np.nan, difference_NL > 0)
 
 
 def decide(measured_S: Sequence[Measured]) -> list[verdicts.Part]:
