@@ -326,6 +326,9 @@ class Store:
             set_name: The set.
             max_judgements: See `assign`.
             most: Items that are left are counted up to this number.
+
+        Returns:
+            The numbers of items.
         """
         with self.transaction() as db:
             names = {"set": set_name, "who": self._labeler(db, labeler)["number"], "n": max_judgements, "most": most}

@@ -6,11 +6,14 @@ import dataclasses
 import json
 import pathlib
 import sys
+import tempfile
 from typing import Any
 
 from tyro.conf import Positional
 
 from rlhf_jax.feedback import store
+from rlhf_jax.feedback.labelers import labeler_report
+from rlhf_jax.report import labeler_page
 
 MIN_SECRET = 16
 """Number of characters of an access secret."""
@@ -64,18 +67,23 @@ class Serve:
 
 
 def run(settings: Serve) -> None:
-    """Serves the page until the process is stopped; raises ValueError for wrong settings."""
-    from rlhf_jax.feedback import page
+    """Serves the page until the process is stopped; raises StoreError for settings that cannot be used."""
+    try:
+        from rlhf_jax.feedback import page
+    except ImportError as error:
+        raise store.StoreError(
+            f"the page needs the package {error.name}; install it with pip install 'rlhf_jax[feedback]'"
+        ) from None
 
     secret = None if settings.secret_file is None else _secret(settings.secret_file)
     is_local = settings.host in page.LOOPBACK
     if not is_local and secret is None:
-        raise ValueError(
+        raise store.StoreError(
             f"--host {settings.host} lets other machines in; give --secret-file FILE with a secret that people enter "
             "in addition to their token, or leave --host out"
         )
     if (settings.certificate is None) != (settings.key is None):
-        raise ValueError("--certificate and --key are given together")
+        raise store.StoreError("--certificate and --key are given together")
     secure = settings.certificate is not None or settings.behind_https
     with store.Store(settings.store) as opened:
         options = page.Options(
@@ -86,8 +94,9 @@ def run(settings: Serve) -> None:
             red_team=settings.red_team,
             access_secret=secret,
             hosts=_hosts(settings, page.LOOPBACK),
+            report=lambda: _report(opened, options.set_name),
             secure=secure,
-            **_policy(settings),
+            **load_policy(settings),
         )
         app = page.make_app(opened, options)
         if not is_local and not secure:
@@ -103,6 +112,14 @@ def run(settings: Serve) -> None:
         page.serve(app, host=settings.host, port=settings.port, certificate=settings.certificate, key=settings.key)
 
 
+def _report(opened: store.Store, set_name: str) -> str:
+    found = labeler_report.report(opened, set_name)
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "labelers.html"
+        labeler_page.write_page(path, found, title=f"Labelers of {set_name}")
+        return path.read_text(encoding="utf-8")
+
+
 def _warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
@@ -112,18 +129,18 @@ def _set_name(settings: Serve, opened: store.Store) -> str:
     if settings.set is None:
         if len(names) != 1:
             found = ", ".join(map(repr, names)) or "none; add one with import, or name a new one for a chat"
-            raise ValueError(f"give --set: the sets of {settings.store} are {found}")
+            raise store.StoreError(f"give --set: the sets of {settings.store} are {found}")
         return names[0]
     if settings.set not in names and settings.policy is None:
         found = ", ".join(map(repr, names)) or "none; add one with import"
-        raise ValueError(f"{settings.store} has no set {settings.set!r}; its sets are {found}")
+        raise store.StoreError(f"{settings.store} has no set {settings.set!r}; its sets are {found}")
     return settings.set
 
 
 def _hosts(settings: Serve, loopback: tuple[str, ...]) -> tuple[str, ...]:
     wildcard = settings.host in ("0.0.0.0", "::")
     if wildcard and not settings.names:
-        raise ValueError(
+        raise store.StoreError(
             f"--host {settings.host} needs --names: the names or addresses by which others reach the server"
         )
     return (*settings.names, *(() if wildcard else (settings.host,)), *loopback)
@@ -136,7 +153,9 @@ def _text(path: str) -> str:
 def _secret(path: str) -> str:
     secret = _text(path).strip()
     if len(secret) < MIN_SECRET:
-        raise ValueError(f"--secret-file {path}: the secret has {len(secret)} characters; use at least {MIN_SECRET}")
+        raise store.StoreError(
+            f"--secret-file {path}: the secret has {len(secret)} characters; use at least {MIN_SECRET}"
+        )
     return secret
 
 
@@ -146,19 +165,21 @@ def _model_folder(path: pathlib.Path) -> pathlib.Path:
     return next((each for each in saved if (each / "config.json").is_file()), path)
 
 
-def _policy(settings: Serve) -> dict[str, Any]:
+def load_policy(settings: Serve) -> dict[str, Any]:
     """Returns the options of the page that concern the policy."""
     if settings.policy is None:
         if settings.red_team:
-            raise ValueError("--red-team has no effect without --policy")
+            raise store.StoreError("--red-team has no effect without --policy")
         return {}
     from rlhf_jax import feedback, generation, lm
     from rlhf_jax.data import chat, dialogues, tokenizers
 
     folder = _model_folder(pathlib.Path(settings.policy))
-    cfg, params = lm.load(folder)
-    hf = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    fmt = chat.chat_format(tokenizers.load(folder), model_type=hf.get("model_type"))
+    try:
+        cfg, params = lm.load(folder)
+        fmt = chat.chat_format(tokenizers.load(folder), model_type=cfg.model_type)
+    except (ValueError, OSError) as error:
+        raise store.StoreError(f"--policy {settings.policy} cannot be used: {error}") from error
     most = cfg.max_length - settings.max_new_tokens
     spec: Any = generation.Sampling(
         temperature=settings.temperature or 1.0,

@@ -57,6 +57,8 @@ class Options:
     """How its answers are sampled, for the store."""
     red_team: bool = False
     """Whether labelers of the chat try to elicit harm and choose the more harmful answer, with which it goes on."""
+    report: Callable[[], str] | None = None
+    """Returns an HTML page about the labelers, which the owner can download; None for none."""
     access_secret: str | None = None
     """What must be known to sign in, in addition to a token; None for nothing."""
     hosts: Collection[str] = LOOPBACK
@@ -93,6 +95,8 @@ def make_app(opened: store.Store, options: Options) -> Any:
     if options.policy is not None:
         routes.append(Route("/chat", _endpoint(page.show_chat), methods=["GET"]))
         routes.append(Route("/chat", _endpoint(page.chat), methods=["POST"]))
+    if options.report is not None:
+        routes.append(Route("/labelers", _endpoint(page.labelers), methods=["GET"]))
     guard = Middleware(
         protection.Protection,
         hosts=options.hosts,
@@ -256,7 +260,14 @@ class _Page:
     def report(self, request: Request) -> Response:
         who = self._required(request, role="owner")
         names = [each.name for each in self._store.labelers() if each.role == "labeler"]
-        return self._render("report.html", request, who, rows=[(name, self._progress(name)) for name in names])
+        rows = [(name, self._progress(name)) for name in names]
+        return self._render("report.html", request, who, rows=rows, has_report=self._options.report is not None)
+
+    def labelers(self, request: Request) -> Response:
+        self._required(request, role="owner")
+        assert self._options.report is not None
+        disposition = {"Content-Disposition": 'attachment; filename="labelers.html"'}
+        return HTMLResponse(self._options.report(), headers=disposition)
 
     def export(self, request: Request) -> Response:
         self._required(request, role="owner")

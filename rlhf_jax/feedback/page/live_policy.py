@@ -39,7 +39,17 @@ def new_id() -> str:
 
 
 def find(opened: store.Store, labeler: str, set_name: str, id: str | None, *, worse: bool) -> Conversation:
-    """Returns a conversation, or, without ``id``, the latest one of a labeler; a new one if there is none.
+    """Returns a conversation, or the latest one of a labeler; a new one if there is none.
+
+    Args:
+        opened: The store.
+        labeler: Name of the labeler.
+        set_name: The set of the items of conversations.
+        id: Identifier of the conversation; None for the latest.
+        worse: Whether conversations go on with the worse answer.
+
+    Returns:
+        The conversation.
 
     Raises:
         ValueError: The conversation belongs to another labeler.
@@ -85,6 +95,17 @@ def say(
     """Adds a message to a conversation, and two answers of the policy as an item that its labeler judges.
 
     A message that arrives twice is answered once, because its ``turn`` is over.
+
+    Args:
+        opened: The store.
+        labeler: Name of the labeler.
+        chat: The conversation.
+        message: The message.
+        turn: Number of the message in the form, to recognise one that arrives twice.
+        policy: The policy that answers.
+        set_name: The set of the items of conversations.
+        describe: Returns the completion with a text of the policy.
+        domain: What labelers look for, as in `judgements.Prompt`.
 
     Raises:
         ValueError: The message is empty or too long, an answer has yet to be chosen, or all samples are equal.
