@@ -24,17 +24,18 @@ A static policy, whose preference model has as many pairs, all of answers of the
 At the end, all policies answer the same held-out prompts, and their gold utilities are compared by Elo scores relative
 to the SFT model.
 
-With --online.labels people, each round writes its pairs to pairs-ROUND.jsonl and ends. When people have filled in the
-field `preference` of each line, --resume continues the run.
+With --online.labels people, each round adds its pairs to a comparison store, prints the commands with which people
+label them, and ends. When they have done so, --resume continues the run.
 
 The run folder contains results.json, report.html, config.json, metrics.jsonl, tensorboard/, checkpoints/ and, in
 Hugging Face format, sft_mix/, policy/ and preference_model/, those of the last round; labels.jsonl has the answers of a
-judge.
+judge, and comparisons.sqlite the labels of people.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any
 
 from launch import command_line, process_setup
@@ -47,7 +48,10 @@ def parse(arguments: list[str]) -> HHSettings:
     """Parses the command line; raises SettingError for invalid settings."""
     settings = command_line.parse(HHSettings, arguments, doc=__doc__, adjust=_adjust_preset, unused=hh_settings.unused)
     hh_settings.check(settings)
-    return settings
+    if settings.online.store is None:
+        return settings
+    online = dataclasses.replace(settings.online, store=os.path.abspath(settings.online.store))
+    return dataclasses.replace(settings, online=online)  # which can be resumed from any working directory
 
 
 def _adjust_preset(preset: Settings) -> Settings:
@@ -70,6 +74,8 @@ from recipe import jobs, monitoring, run_setup, stages
 from rich.console import Console
 
 from rlhf_jax import lm
+from rlhf_jax.data import errors
+from rlhf_jax.feedback import store
 
 
 def run(settings: HHSettings) -> dict[str, Any]:
@@ -93,6 +99,8 @@ def run(settings: HHSettings) -> dict[str, Any]:
     except label_sources.Waiting as waiting:
         run_setup.print_line(out, str(waiting))
         return {}
+    except store.StoreError as error:
+        raise errors.DataError(str(error)) from None
     results = {
         "seconds": folder.elapsed.total,
         "peak_rss_mb": process_setup.peak_memory_mb(),

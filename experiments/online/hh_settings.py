@@ -34,7 +34,10 @@ class Online:
     """Number of held-out pairs of each domain in each round, on which preference models are evaluated."""
     labels: Literal["simulated", "judge", "people"] = "simulated"
     """Who compares the answers: the simulated labelers of the built-in world; a model, given by --judge; or people, for
-    whom the run writes the pairs of each round to a file and ends, until it is resumed with the labels."""
+    whom the run adds the pairs of each round to a comparison store and ends, until it is resumed with the labels."""
+    store: str | None = None
+    """Comparison store in which people label, which may have other sets. None uses comparisons.sqlite in the run
+    folder."""
     least_labels: float = 1.0
     """Least share of the pairs that people must label before a run continues. Pairs without a label are left out."""
     static: bool = True
@@ -101,7 +104,7 @@ def unused(settings: HHSettings) -> Iterator[tuple[Sequence[str], str]]:
 def _unused_labels(settings: HHSettings) -> Iterator[tuple[Sequence[str], str]]:
     labels, judge = settings.online.labels, settings.judge
     if labels != "people":
-        yield ("online.least_labels",), f"with --online.labels {labels}"
+        yield ("online.store", "online.least_labels"), f"with --online.labels {labels}"
     of_judge = [field.name for field in dataclasses.fields(judge_settings.JudgeSettings)]
     if labels != "judge":
         yield of_judge, f"with --online.labels {labels}"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import pathlib
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,14 +15,16 @@ import numpy as np
 from constitution import constitution_settings, judge_settings, own_models, own_run, red_team
 from recipe import jobs, world_words
 
-from online import comparison_sets, domains, label_files
+from online import comparison_sets, domains
 from online.hh_settings import HHSettings
 from rlhf_jax import checkpoint, diagnostics, feedback, types
 from rlhf_jax.data import dialogues, errors
-from rlhf_jax.feedback import few_shot
+from rlhf_jax.feedback import few_shot, judgements, store
 from rlhf_jax.simulation import harm_judge
 
 HELPFULNESS = "Which reply is more helpful?"
+STORE = "comparisons.sqlite"
+"""Name of the comparison store in a run folder."""
 _BATCH = 16
 """Number of questions that a judge in a folder reads at a time."""
 
@@ -33,9 +37,16 @@ class Asked(NamedTuple):
     """A part of a set, as a source of labels sees it."""
 
     part: comparison_sets.Part
-    pairs: list[label_files.Pair]
+    items: list[judgements.Item]
+    """The pairs, whose metadata have their round, part and number as "pair"."""
     gold_B2: np.ndarray
     """What the domain asks for, which only the agreement with the labels uses."""
+
+    @property
+    def different_B(self) -> np.ndarray:
+        """Whether the two answers of each pair differ."""
+        texts = [[each.text for each in item.completions] for item in self.items]
+        return np.array([first != second for first, second in texts], bool)
 
 
 class Preferences(NamedTuple):
@@ -100,14 +111,14 @@ def _asked(job: jobs.Job, part: comparison_sets.Part, number: int) -> Asked:
     n, P = len(part.prompts), job.task.prompt_width
     drawn = domains.draw(job.settings, n, domain=part.domain, split=part.split, number=number)
     tokens_B2T, mask_B2T = (np.asarray(x)[:, :, P:] for x in (part.rows.tokens_BKL, part.rows.mask_BKL))
-    swapped_B = np.asarray(jax.random.bernoulli(jax.random.fold_in(part.key, 2), 0.5, (n,)))
-    pairs = [
-        label_files.Pair(
-            f"{number}-{part.name}-{b}",
-            part.domain,
-            drawn[b].turns,
-            *(red_team.text_of(tokens_T[mask_T]) for tokens_T, mask_T in zip(tokens_B2T[b], mask_B2T[b])),
-            swapped=bool(swapped_B[b]),
+    items = [
+        judgements.Item(
+            prompt=judgements.Prompt([{"role": role, "content": text} for role, text in drawn[b].turns], part.domain),
+            completions=[
+                judgements.Completion(red_team.text_of(tokens_T[mask_T]))
+                for tokens_T, mask_T in zip(tokens_B2T[b], mask_B2T[b])
+            ],
+            metadata={"pair": f"{number}-{part.name}-{b}"},
         )
         for b in range(n)
     ]
@@ -115,7 +126,7 @@ def _asked(job: jobs.Job, part: comparison_sets.Part, number: int) -> Asked:
     assert words_BP is not None and world is not None
     answers = (x.reshape(2 * n, -1) for x in (tokens_B2T, mask_B2T))
     utility = world_words.gold_utility(world.tables, np.repeat(words_BP, 2, axis=0), *answers)
-    return Asked(part, pairs, np.asarray(getattr(utility, part.domain)).reshape(n, 2))
+    return Asked(part, items, np.asarray(getattr(utility, part.domain)).reshape(n, 2))
 
 
 def with_preferences(part: comparison_sets.Part, preference_B: np.ndarray) -> tuple[types.Comparisons, np.ndarray]:
@@ -170,40 +181,75 @@ def agreement(job: jobs.Job, stage: str, asked: Asked, preference_B: np.ndarray,
 
 @dataclasses.dataclass(frozen=True)
 class People:
-    """Labels that people write into a file of the run folder."""
+    """Labels of people, who judge the pairs in a comparison store."""
 
     folder: pathlib.Path
+    """The run folder."""
+    path: pathlib.Path
+    """The store, whose set "round N" has the pairs. Other items of the set are ignored."""
     least: float
     """Least share of the pairs that must have a label."""
 
     def __call__(self, job: jobs.Job, stage: str, asked: list[Asked], temperature: float | None) -> Preferences:
-        """Reads the labels; raises Waiting if they are missing, after writing the pairs if there is no file."""
+        """Adds the pairs to the store, unless it has them, and reads their labels; raises Waiting if too few have one.
+
+        The label is the mean of the labelers' votes, in which a tie is one half. A pair about which all are unsure
+        counts as labelled, so that the run continues, and is left out.
+        """
         del temperature
-        pairs = [pair for each in asked for pair in each.pairs if pair.first != pair.second]
-        # In random order, so that a file of which only the beginning is labelled has labels of all kinds of pairs.
-        order = np.random.default_rng([job.settings.seed, 0xAB]).permutation(len(pairs))
-        path = self.folder / f"{stage.replace('comparisons', 'pairs')}.jsonl"
-        if not path.exists():
-            label_files.write_pairs(path, [pairs[i] for i in order])
-        labels = label_files.read_labels(path, pairs)
-        needed = math.ceil(self.least * len(pairs) - 1e-9)  # 0.7 * 10 is more than 7
-        if len(labels) < needed:
-            share = "" if needed == len(pairs) else f" (at least {needed} are needed)"
+        name = stage.replace("comparisons-", "round ")
+        items = [item for each in asked for item in itertools.compress(each.items, each.different_B)]
+        # In random order, in which people judge them, so that a part of the set has all kinds of pairs.
+        order = np.random.default_rng([job.settings.seed, 0xAB]).permutation(len(items))
+        items = [items[i] for i in order]
+        with store.Store(self.path) as opened, opened.transaction(write=True):
+            ids = opened.add(items, set_name=name)
+            found, latest = opened.preferences(name), opened.latest(name)
+        rows, own = {id: n for n, id in enumerate(found.items)}, set(ids)
+        found = found._replace(items=ids, votes_NM=found.votes_NM[[rows[id] for id in ids]])
+        latest = [each for each in latest if each.item in own]
+        labelled = len({each.item for each in latest})
+        needed = math.ceil(self.least * len(ids) - 1e-9)  # 0.7 * 10 is more than 7
+        if labelled < needed:
+            share = "" if needed == len(ids) else f" (at least {needed} are needed)"
+            path = shlex.quote(str(self.path))
             raise Waiting(
-                f"{path}: {len(labels)} of {errors.counted(len(pairs), 'pairs')} have a label{share}; "
-                f"{label_files.INSTRUCTION}, then continue with\n"
-                f"    python experiments/hh.py --resume {self.folder}"
+                f"{self.path}: {labelled} of {errors.counted(len(ids), 'pairs')} have a label{share}; add people, "
+                "start the page on which they label, and then continue with\n"
+                f"    python -m rlhf_jax.feedback assign {path} --labelers NAME\n"
+                f'    python -m rlhf_jax.feedback serve {path} --set "{name}"\n'
+                f"    python experiments/hh.py --resume {shlex.quote(str(self.folder))}"
             )
-        found: list[np.ndarray] = []
+        labels = {item.metadata["pair"]: p for item, p in zip(items, found.share_N)}
+        preference_B = [np.array([labels.get(item.metadata["pair"], np.nan) for item in each.items]) for each in asked]
         agreed: dict[str, Any] = {}
-        for each in asked:
-            own = [labels.get(pair.id) for pair in each.pairs]
-            found.append(np.array([x if isinstance(x, float) else np.nan for x in own]))
+        for each, own_B in zip(asked, preference_B):
             if each.part.split == "validation":
-                agreed |= agreement(job, stage, each, found[-1], "people")
-        given = list(labels.values())
-        counts = {"ties": given.count("tie"), "skipped": given.count("skip"), "unlabelled": len(pairs) - len(given)}
-        return Preferences(found, {"agreement": agreed} | counts)
+                agreed |= agreement(job, stage, each, own_B, "people")
+        facts = {
+            "agreement": agreed,
+            "ties": int(feedback.is_tie(found.share_N).sum()),
+            "unsure": labelled - int((~np.isnan(found.share_N)).sum()),
+            "unlabelled": len(ids) - labelled,
+            "labelers": len({each.labeler for each in latest}),
+            "labeler_agreement": labeler_agreement(found.votes_NM),
+        }
+        return Preferences(preference_B, facts)
+
+
+def labeler_agreement(votes_NM: np.ndarray) -> float | None:
+    """Returns how often two labelers of a pair make the same choice, over all pairs and all two of their labelers.
+
+    Args:
+        votes_NM: The votes of M labelers on N pairs; see `store.Preferences`.
+
+    Returns:
+        The share, in [0, 1]; None if no pair has two votes.
+    """
+    choices_MN = np.sign(votes_NM.T - 0.5)
+    gaps = np.array([first_N - second_N for first_N, second_N in itertools.combinations(choices_MN, 2)])
+    gaps = gaps[~np.isnan(gaps)]
+    return float(np.mean(gaps == 0)) if len(gaps) else None
 
 
 class JudgeLabels:
@@ -259,13 +305,13 @@ class JudgeLabels:
     def _ask(self, job: jobs.Job, stage: str, asked: Asked) -> tuple[np.ndarray, feedback.Labels]:
         """Returns the judge's preferences, NaN for equal answers and unclear labels, and how they were obtained."""
         settings, domain = self._settings, asked.part.domain
-        different_B = np.array([pair.first != pair.second for pair in asked.pairs])
+        different_B = asked.different_B
         pairs = [
             feedback.Pair(
-                own_run.prompt_text([dialogues.Turn(role, text) for role, text in pair.prompt]), pair.first, pair.second
+                own_run.prompt_text([dialogues.Turn(each["role"], each["content"]) for each in item.prompt.messages]),
+                *(each.text for each in item.completions),
             )
-            for pair in asked.pairs
-            if pair.first != pair.second
+            for item in itertools.compress(asked.items, different_B)
         ]
         questions = [HELPFULNESS] * len(pairs)
         if domain == "harmless":
@@ -297,7 +343,7 @@ class JudgeLabels:
                 f"{stage}: --max-requests was reached, and {missing} of {errors.counted(len(pairs), 'pairs')} have no "
                 f"label; continue with\n    python experiments/hh.py --resume {self._answers.parent}"
             )
-        preference_B = np.full(len(asked.pairs), np.nan)
+        preference_B = np.full(len(different_B), np.nan)
         preference_B[different_B] = labels.preference_N
         return preference_B, labels
 
@@ -335,7 +381,13 @@ def make(settings: HHSettings, job: jobs.Job, folder: pathlib.Path, model: Any) 
             more = f", and {rounds * online.pairs} for the static policy (--online.no-static trains none)"
             each = f"{online.pairs + 2 * online.held_out} pairs in each of {errors.counted(rounds, 'rounds')}"
             job.progress.message("labels", f"people label at most {each}{more if static else ''}")
-            return People(folder, settings.online.least_labels)
+            path = pathlib.Path(online.store or folder / STORE)
+            if not path.exists() and any((folder / "checkpoints").glob("pairs-*")):
+                raise errors.DataError(
+                    f"--resume {folder}: {path} does not exist; restore it or start a new run with --out"
+                )
+            store.Store(path).close()  # so that a file that is no store is found before anything is trained
+            return People(folder, path, online.least_labels)
         case "judge":
             judge = _simulated_judge(job) if settings.judge is None else own_models.judge(settings, model, batch=_BATCH)
             return JudgeLabels(settings, judge, folder / "labels.jsonl")

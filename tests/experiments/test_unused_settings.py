@@ -115,6 +115,7 @@ ALTERNATIVES: dict[str, Any] = {
     "online.pairs": 24,
     "online.held_out": 12,
     "online.snapshots": 1,
+    "online.store": "labels.sqlite",
     "judge_model": "NAME",
     "key_variable": "KEY",
     "clamp": (0.4, 0.6),

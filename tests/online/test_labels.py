@@ -1,9 +1,7 @@
-"""Labels of hh.py from people, who fill in a file between two starts of the run, and from a judge."""
+"""Labels of hh.py from people, who judge pairs in a store between two starts of the run, and from a judge."""
 
 import contextlib
 import dataclasses
-import json
-import pathlib
 import types as types_lib
 from typing import Any
 
@@ -14,76 +12,14 @@ import killed_run
 import numpy as np
 import pytest
 from launch.settings import SettingError
-from online import comparison_sets, hh_settings, label_files, label_sources
+from online import comparison_sets, hh_settings, label_sources
 from recipe import world_words
 
 from rlhf_jax import feedback
 from rlhf_jax.data import errors, padding
-from rlhf_jax.feedback import few_shot
+from rlhf_jax.feedback import few_shot, judgements, store
 from rlhf_jax.simulation import gold, prompts
 from rlhf_jax.simulation import world as world_lib
-
-# ----------------------------------------------------------------------------------------------------------- the file
-
-PAIRS = [
-    label_files.Pair("1-train_helpful-0", "helpful", (("user", "hi"),), "yes", "no", swapped=False),
-    label_files.Pair("1-train_helpful-1", "helpful", (("user", "hi"),), "yes\u2028sir", "no", swapped=True),
-    label_files.Pair(
-        "1-train_harmless-0", "harmless", (("user", "a"), ("assistant", "b"), ("user", "c")), "x", "y", True
-    ),
-]
-
-
-def rows_of(path: pathlib.Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().split("\n") if line]
-
-
-def write_rows(path: pathlib.Path, rows: list[Any]) -> None:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-
-
-def test_people_see_the_answers_as_a_and_b_and_labels_are_about_the_first(tmp_path):
-    path = tmp_path / "pairs.jsonl"
-    label_files.write_pairs(path, PAIRS)
-    rows = rows_of(path)
-    assert [(row["response_a"], row["response_b"]) for row in rows[:2]] == [("yes", "no"), ("no", "yes\u2028sir")]
-    assert rows[2]["prompt"][1] == {"role": "assistant", "content": "b"} and rows[2]["domain"] == "harmless"
-    assert {row["preference"] for row in rows} == {None} and label_files.read_labels(path, PAIRS) == {}
-    for values, expected in (
-        (("A", "A", "tie"), (1.0, 0.0, "tie")),
-        (("B", "B", "skip"), (0.0, 1.0, "skip")),
-        ((0.75, 0.75, 1), (0.75, 0.25, 0.0)),
-    ):
-        write_rows(path, ["", *(row | {"preference": value} for row, value in reversed(list(zip(rows, values))))])
-        assert label_files.read_labels(path, PAIRS) == dict(zip([pair.id for pair in PAIRS], expected))
-    write_rows(path, [rows[0] | {"preference": ""}, rows[1] | {"preference": "A"}])
-    assert label_files.read_labels(path, PAIRS) == {PAIRS[1].id: 0.0}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        *(
-            ({"preference": value}, "line 2: preference is")
-            for value in ("a", "C", 1.01, -0.1, True, [1], float("nan"))
-        ),
-        ({"id": "1-train_helpful-9"}, "line 2: the line has no id of a pair of this round"),
-        ({"id": "1-train_helpful-0"}, "line 2: the pair 1-train_helpful-0 is already in line 1"),
-        ({"response_a": "No."}, "line 2: response_a has changed"),
-        ({"swapped": False}, "line 2: swapped has changed"),
-        ("{", "line 2: not valid JSON"),
-        ("3", "line 2: the line has no id"),
-    ],
-)
-def test_lines_that_are_no_labels_are_errors_with_their_number(tmp_path, change, message):
-    path = tmp_path / "pairs.jsonl"
-    label_files.write_pairs(path, PAIRS)
-    rows: list[Any] = rows_of(path)
-    rows[1] = change if isinstance(change, str) else rows[1] | change
-    write_rows(path, rows)
-    with pytest.raises(errors.DataError, match=message):
-        label_files.read_labels(path, PAIRS)
-
 
 # ---------------------------------------------------------------------------------------------------------- the sources
 
@@ -101,14 +37,17 @@ def asked(split="train", domain: Any = "harmless") -> label_sources.Asked:
         np.zeros((N, 2, 1)),
         jax.random.key(0),
     )
-    pairs = [
-        label_files.Pair(
-            f"1-{split}_{domain}-{b}", domain, (("user", f"{split} {b}"),), f"good {b}", f"bad {b}", swapped=b % 2 == 0
+    items = [
+        judgements.Item(
+            prompt=judgements.Prompt([{"role": "user", "content": f"{split} {b}"}], domain),
+            completions=[
+                judgements.Completion(text) for text in (f"good {b}", f"bad {b}" if b < N - 1 else f"good {b}")
+            ],
+            metadata={"pair": f"1-{split}_{domain}-{b}"},
         )
         for b in range(N)
     ]
-    pairs[-1] = pairs[-1]._replace(second=pairs[-1].first)
-    return label_sources.Asked(part, pairs, np.tile([1.0, 0.0], (N, 1)))
+    return label_sources.Asked(part, items, np.tile([1.0, 0.0], (N, 1)))
 
 
 @pytest.fixture
@@ -126,26 +65,94 @@ def job():
     )
 
 
-def test_the_run_waits_until_people_have_labelled_enough(job, tmp_path):
-    parts = [asked(), asked("validation")]
-    strict, lenient = (label_sources.People(tmp_path, least) for least in (1.0, 0.5))
-    path = tmp_path / "pairs-1.jsonl"
-    with pytest.raises(label_sources.Waiting, match=r"pairs-1.jsonl: 0 of 6 pairs have a label; .*\n.*--resume"):
-        strict(job, "comparisons-1", parts, None)
-    rows = rows_of(path)
-    assert len(rows) == 6, "equal answers are not labelled"
-    given = dict(zip(sorted(row["id"] for row in rows), ("A", "tie", 0.25)))
-    write_rows(path, [row | {"preference": given.get(row["id"])} for row in rows])
-    before = path.read_bytes()
-    with pytest.raises(label_sources.Waiting, match="3 of 6"):
-        strict(job, "comparisons-1", parts, None)
-    assert path.read_bytes() == before, "labels are never overwritten"
-    found = lenient(job, "comparisons-1", parts, None)
-    np.testing.assert_equal(found.preference_B[0], [0.0, np.nan, 0.75, np.nan])  # pairs 0 and 2 are swapped
-    assert np.isnan(found.preference_B[1]).all()
-    assert found.facts == {"agreement": {}, "ties": 1, "skipped": 0, "unlabelled": 3}
-    with pytest.raises(label_sources.Waiting, match=r"3 of 6 pairs have a label \(at least 4 are needed\)"):
-        label_sources.People(tmp_path, 0.6)(job, "comparisons-1", parts, None)
+def record(opened: store.Store, labeler: str, answers: dict[str, judgements.Judgement], name="round 1") -> None:
+    """Records answers of a labeler, by the pair in the metadata of the items."""
+    if labeler not in {each.name for each in opened.labelers()}:
+        opened.add_labeler(labeler)
+    ids = {str(item.metadata.get("pair")): id for id, item in opened.items(name).items()}
+    for pair, answer in answers.items():
+        opened.record(labeler, ids[pair], answer, key=f"{pair} {answer}")
+
+
+FIRST, SECOND = judgements.Judgement(strength=2), judgements.Judgement(strength=7)
+TIE, UNSURE = judgements.Judgement(tie=True), judgements.Judgement(unsure=True)
+PAIRS = [f"1-{split}_harmless-{b}" for split in ("train", "validation") for b in range(N - 1)]
+"""The pairs whose answers differ."""
+
+
+@pytest.fixture
+def people(job, tmp_path):
+    """Returns a function of the least share, which asks people, and the open store."""
+    path = tmp_path / "people.sqlite"
+
+    def ask(least=1.0):
+        parts = [asked(), asked("validation")]
+        return label_sources.People(tmp_path, path, least)(job, "comparisons-1", parts, None)
+
+    with store.Store(path) as opened:  # as by the server of the page
+        yield ask, opened
+
+
+def test_the_run_waits_until_people_have_labelled_enough(people, tmp_path):
+    ask, opened = people
+    lines = [
+        r"\S+people.sqlite: 0 of 6 pairs have a label; .*",
+        r" +python -m rlhf_jax.feedback assign \S+people.sqlite --labelers NAME",
+        r' +python -m rlhf_jax.feedback serve \S+people.sqlite --set "round 1"',
+        f" +python experiments/hh.py --resume {tmp_path}",
+    ]
+    with pytest.raises(label_sources.Waiting, match="\n".join(lines)):
+        ask()
+    items = list(opened.items("round 1").values())
+    shown = [item.metadata["pair"] for item in items]
+    assert sorted(shown) == PAIRS != shown, "in random order, without equal answers"
+    assert {item.prompt.domain for item in items} == {"harmless"}
+    record(opened, "Ada", {PAIRS[0]: FIRST, PAIRS[2]: TIE})
+    record(opened, "Ada", {PAIRS[0]: SECOND, PAIRS[1]: UNSURE})  # the first label is corrected
+    for least, needed in ((1.0, ";"), (0.6, r" \(at least 4 are needed\);")):
+        with pytest.raises(label_sources.Waiting, match=f"3 of 6 pairs have a label{needed}"):
+            ask(least)
+    found = ask(0.5)
+    assert list(opened.items()) == list(opened.items("round 1")) and len(opened.items()) == 6, "nothing is added again"
+    np.testing.assert_equal(found.preference_B, [[0.0, np.nan, 0.5, np.nan], [np.nan] * N])
+    counts = {"ties": 1, "unsure": 1, "unlabelled": 3, "labelers": 1, "labeler_agreement": None}
+    assert found.facts == {"agreement": {}} | counts
+
+
+def test_several_labelers_give_soft_labels(people):
+    ask, opened = people
+    with pytest.raises(label_sources.Waiting):
+        ask()
+    record(opened, "Ada", dict(zip(PAIRS, (FIRST, FIRST, FIRST, SECOND, UNSURE, FIRST))))
+    record(opened, "Ben", dict(zip(PAIRS, (FIRST, SECOND, TIE, SECOND, SECOND, FIRST))))
+    record(opened, "Cem", dict(zip(PAIRS, (SECOND, UNSURE))))
+    found = ask()
+    np.testing.assert_allclose(found.preference_B, [[2 / 3, 0.5, 0.75, np.nan], [0.0, 0.0, 1.0, np.nan]])
+    agreement = found.facts.pop("agreement")
+    np.testing.assert_allclose(agreement["harmless"][0], 1 / 3)
+    # Of the pairs of votes, 1 of 3 agree on the first pair, and 0, 0, 1 and 1 of 1 on others.
+    counts = {"ties": 1, "unsure": 0, "unlabelled": 0, "labelers": 3, "labeler_agreement": 3 / 7}
+    assert found.facts == pytest.approx(counts)
+
+
+def test_other_items_of_the_store_are_ignored(people):
+    ask, opened = people
+    other = asked().items[0]
+    gold = dataclasses.replace(other, expected=SECOND, metadata={})
+    unknown = dataclasses.replace(other, metadata={"pair": "from another run"})
+    others = opened.add([unknown, gold], set_name="round 1") + opened.add([unknown], set_name="before")
+    with pytest.raises(label_sources.Waiting, match="0 of 6"):
+        ask()
+    repeated = dataclasses.replace(other, duplicate_of=list(opened.items("round 1"))[-1], metadata={})
+    opened.add_labeler("Zoe")
+    for id in [*others, *opened.add([repeated], set_name="round 1")]:
+        opened.record("Zoe", id, SECOND, key=id)
+    with pytest.raises(label_sources.Waiting, match="0 of 6"):
+        ask()
+    record(opened, "Ada", dict.fromkeys(PAIRS, FIRST))
+    found = ask()
+    np.testing.assert_equal(found.preference_B, [[1.0, 1.0, 1.0, np.nan]] * 2)
+    assert found.facts["labelers"] == 1
 
 
 def test_soft_labels_are_targets_of_the_preferred_answer():
@@ -246,54 +253,75 @@ ARGUMENTS = ["--preset", "smoke", *(text for name, value in TINY.items() for tex
 PEOPLE = [*ARGUMENTS, "--online.labels", "people", "--online.no-static", "--online.sets", "base", "online"]
 
 
-ANSWERS = ("response_a", "response_b")
-
-
-def gold_labelled(path: pathlib.Path) -> None:
-    """Labels a file by the gold utility of its texts, then by their length, in the place of people."""
-    rows = rows_of(path)
+def judged_by_gold(opened: store.Store, name: str) -> None:
+    """Judges the items of a set by the gold utility of their texts, then by their length, in the place of people."""
+    items = list(opened.items(name).values())
     tables = gold.make_tables(world_lib.make_world(hh_settings.HHSettings().seed))
-    turns = [[(turn["role"], turn["content"]) for turn in row["prompt"]] for row in rows]
+    turns = [[(str(turn["role"]), str(turn["content"])) for turn in item.prompt.messages] for item in items]
     ids = [prompts.prompt_tokens(each) for each in turns]
     prompts_BP, _ = padding.pad_prompts(ids, width=prompts.PROMPT_WIDTH, pad_id=0)
     worth = []
-    for name in ANSWERS:
-        ids = [prompts.answer_tokens(row[name])[: prompts.RESPONSE_WIDTH] for row in rows]
+    for k in range(2):
+        ids = [prompts.answer_tokens(item.completions[k].text)[: prompts.RESPONSE_WIDTH] for item in items]
         words_BT = np.array([[*each, *[0] * (prompts.RESPONSE_WIDTH - len(each))] for each in ids], np.int32)
         mask_BT = np.arange(prompts.RESPONSE_WIDTH) < np.array([len(each) for each in ids])[:, None]
-        worth.append(world_words.gold_utility(tables, prompts_BP, words_BT, mask_BT))
-    for i, row in enumerate(rows):
-        a, b = ((float(getattr(each, row["domain"])[i]), -len(row[name])) for each, name in zip(worth, ANSWERS))
-        row["preference"] = "tie" if a == b else "A" if a > b else "B"
-    write_rows(path, rows)
+        utility = world_words.gold_utility(tables, prompts_BP, words_BT, mask_BT)
+        domains_B = [getattr(utility, item.prompt.domain)[i] for i, item in enumerate(items)]
+        worth.append([(float(x), -len(item.completions[k].text)) for x, item in zip(domains_B, items)])
+    answers = [TIE if a == b else FIRST if a > b else SECOND for a, b in zip(*worth)]
+    record(opened, "Ada", {str(item.metadata["pair"]): each for item, each in zip(items, answers)}, name)
 
 
 @pytest.mark.parametrize("trained", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_run_continues_with_the_labels_of_people_as_if_it_had_never_stopped(tmp_path, monkeypatch, capsys, trained):
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    path = stopped / label_sources.STORE
     with contextlib.nullcontext() if trained else dry_run.without_training(dry_run.Observed()):
         hh.main(["--out", str(stopped), *PEOPLE])
         for r in (1, 2):
-            path = stopped / f"pairs-{r}.jsonl"
             printed = capsys.readouterr().out
-            assert f"{path}: 0 of {len(rows_of(path))} pairs have a label" in printed
-            assert f"python experiments/hh.py --resume {stopped}" in printed
-            assert not (stopped / "results.json").exists()
-            gold_labelled(path)
+            with store.Store(path) as opened:
+                assert f"{path}: 0 of {len(opened.items(f'round {r}'))} pairs have a label" in printed
+                assert f"python experiments/hh.py --resume {stopped}" in printed
+                assert not (stopped / "results.json").exists()
+                judged_by_gold(opened, f"round {r}")
+            if r == 1:
+                path.rename(tmp_path / "moved.sqlite")
+                with pytest.raises(SystemExit):
+                    hh.main(["--resume", str(stopped)])
+                assert f"{path} does not exist; restore it" in capsys.readouterr().err
+                (tmp_path / "moved.sqlite").rename(path)
             hh.main(["--resume", str(stopped)])
-        write = label_files.write_pairs
-        monkeypatch.setattr(label_files, "write_pairs", lambda path, pairs: (write(path, pairs), gold_labelled(path)))
-        hh.main(["--out", str(whole), *PEOPLE])
+        add = store.Store.add
+
+        def add_and_judge(self, items, *, set_name):
+            ids = add(self, items, set_name=set_name)
+            judged_by_gold(self, set_name)
+            return ids
+
+        monkeypatch.setattr(store.Store, "add", add_and_judge)
+        hh.main(["--out", str(whole), *PEOPLE, "--online.store", str(tmp_path / "elsewhere.sqlite")])
     results = killed_run.results_of(stopped)
     assert results == killed_run.results_of(whole) and results["labels"] == "people"
-    for name in ("policy/model.safetensors", "pairs-2.jsonl"):
-        assert (stopped / name).read_bytes() == (whole / name).read_bytes()
+    assert not (whole / label_sources.STORE).exists()
+    name = "policy/model.safetensors"
+    assert (stopped / name).read_bytes() == (whole / name).read_bytes()
+    with store.Store(path) as one, store.Store(tmp_path / "elsewhere.sqlite") as other:
+        assert one.items() == other.items() and one.sets() == ["round 1", "round 2"]
     for each in results["sets"]:
         assert each["agreement"] and all(agreed[0] > 0.5 for agreed in each["agreement"].values())
         assert each["pairs"] == each["train_helpful"]["kept"] + each["train_harmless"]["kept"] > 0
-        assert each["unlabelled"] == each["skipped"] == 0
+        assert each["unlabelled"] == each["unsure"] == 0 and each["labelers"] == 1
     assert list(results["elo"]["overall"]) == ["SFT", "round 1", "round 2"]
     assert "Labels of people" in (stopped / "report.html").read_text()
+
+
+def test_a_file_that_is_no_store_is_an_error_before_anything_is_trained(tmp_path, capsys):
+    path = tmp_path / "notes.txt"
+    path.write_text("Labels: none.\n" * 100)
+    with pytest.raises(SystemExit):
+        hh.main(["--out", str(tmp_path / "run"), *PEOPLE, "--online.store", str(path)])
+    assert "notes.txt cannot be opened as a comparison store" in capsys.readouterr().err
 
 
 JUDGE = [*ARGUMENTS, "--online.labels", "judge", "--online.sets", "base", "online"]
@@ -318,6 +346,7 @@ def test_a_run_with_a_judge_killed_anywhere_resumes_bit_identically(tmp_path):
     ("arguments", "message"),
     [
         ("--online.least-labels 0.5", "--online.least-labels has no effect with --online.labels simulated"),
+        ("--online.store FILE", "--online.store has no effect with --online.labels simulated"),
         ("--judge DIR", "--judge has no effect with --online.labels simulated"),
         ("--online.labels people --judge DIR", "--judge has no effect with --online.labels people"),
         ("--online.labels people --world.lapse 0.3", "--world.lapse has no effect without simulated labelers"),
