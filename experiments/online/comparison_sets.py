@@ -14,6 +14,9 @@ from online import domains
 from rlhf_jax import checkpoint, types
 from rlhf_jax.simulation import labelers
 
+STATIC_SET = 100
+"""Number of the set on which the static policy is trained; those of the rounds are smaller."""
+
 Answerer = Callable[[tasks.PromptSet, jax.Array], policy_sampling.Answers]
 """Samples one answer to each prompt, given a random key."""
 Source = Literal["base", "rejection", "online"]

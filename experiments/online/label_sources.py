@@ -20,6 +20,7 @@ from online.hh_settings import HHSettings
 from rlhf_jax import checkpoint, diagnostics, feedback, types
 from rlhf_jax.data import dialogues, errors
 from rlhf_jax.feedback import few_shot, judgements, store
+from rlhf_jax.feedback.labelers import labeler_agreement
 from rlhf_jax.simulation import harm_judge
 
 HELPFULNESS = "Which reply is more helpful?"
@@ -197,7 +198,8 @@ class People:
         counts as labelled, so that the run continues, and is left out.
         """
         del temperature
-        name = stage.replace("comparisons-", "round ")
+        number = stage.removeprefix("comparisons-")
+        name = "static policy" if number == str(comparison_sets.STATIC_SET) else f"round {number}"
         items = [item for each in asked for item in itertools.compress(each.items, each.different_B)]
         # In random order, in which people judge them, so that a part of the set has all kinds of pairs.
         order = np.random.default_rng([job.settings.seed, 0xAB]).permutation(len(items))
@@ -226,30 +228,16 @@ class People:
         for each, own_B in zip(asked, preference_B):
             if each.part.split == "validation":
                 agreed |= agreement(job, stage, each, own_B, "people")
+        together = labeler_agreement.pairwise_agreement(found.votes_NM)
         facts = {
             "agreement": agreed,
             "ties": int(feedback.is_tie(found.share_N).sum()),
             "unsure": labelled - int((~np.isnan(found.share_N)).sum()),
             "unlabelled": len(ids) - labelled,
             "labelers": len({each.labeler for each in latest}),
-            "labeler_agreement": labeler_agreement(found.votes_NM),
+            "labeler_agreement": together.share.mean if together.count else None,
         }
         return Preferences(preference_B, facts)
-
-
-def labeler_agreement(votes_NM: np.ndarray) -> float | None:
-    """Returns how often two labelers of a pair make the same choice, over all pairs and all two of their labelers.
-
-    Args:
-        votes_NM: The votes of M labelers on N pairs; see `store.Preferences`.
-
-    Returns:
-        The share, in [0, 1]; None if no pair has two votes.
-    """
-    choices_MN = np.sign(votes_NM.T - 0.5)
-    gaps = np.array([first_N - second_N for first_N, second_N in itertools.combinations(choices_MN, 2)])
-    gaps = gaps[~np.isnan(gaps)]
-    return float(np.mean(gaps == 0)) if len(gaps) else None
 
 
 class JudgeLabels:

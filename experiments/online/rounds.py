@@ -17,7 +17,7 @@ from rlhf_jax import diagnostics, types
 J = TypeVar("J", bound=jobs.Job)
 
 START, STATIC = "SFT", "static"
-EVAL_PROMPTS, _RL_PROMPTS, _STATIC_SET = 901, 900, 100
+EVAL_PROMPTS, _RL_PROMPTS = 901, 900
 """Numbers of the random streams of prompts; those of the comparison sets are smaller."""
 
 
@@ -55,7 +55,7 @@ def weights(settings: HHSettings) -> list[tuple[str, float]]:
         found += [(f"comparisons-{r}", 8.0), (f"reward_model-{r}", 4.0 + 4.0 * r)]
         found += [(stage, 40.0 / snapshots) for stage in _segments(f"ppo-{r}", snapshots)]
     if settings.online.static and rounds > 1:
-        found += [(f"comparisons-{_STATIC_SET}", 10.0), ("reward_model-static", 4.0 + 4.0 * rounds)]
+        found += [(f"comparisons-{comparison_sets.STATIC_SET}", 10.0), ("reward_model-static", 4.0 + 4.0 * rounds)]
         found += [(stage, 40.0 / snapshots) for stage in _segments("ppo-static", snapshots)]
     return [*found, ("evaluate", 15.0)]
 
@@ -138,7 +138,8 @@ def run(
     if online.static and len(sets) > 1:
         # As many pairs of each domain that the labelers do not find equal as the rounds have.
         wanted = comparison_sets.merge([each.train for each in sets])
-        more = collect([comparison_sets.policy_answers(job, start)], _STATIC_SET, online.pairs * len(sets), 0)
+        answerers = [comparison_sets.policy_answers(job, start)]
+        more = collect(answerers, comparison_sets.STATIC_SET, online.pairs * len(sets), 0)
         rows = comparison_sets.merge([sets[0].train, more.train])
         counts, available = (
             {each: len(comparison_sets.of_domain(part, each).ranks_BK) for each in domains.DOMAINS}
@@ -146,7 +147,7 @@ def run(
         )
         rows = comparison_sets.first(rows, {each: min(counts[each], available[each]) for each in domains.DOMAINS})
         static_pairs = len(rows.ranks_BK)
-        static_reward, found = train(rows, "static", _STATIC_SET)
+        static_reward, found = train(rows, "static", comparison_sets.STATIC_SET)
         named[STATIC] = found[-1]
     return Made(named, rewards, sets, static_reward, static_pairs)
 
