@@ -13,10 +13,13 @@ import pytest
 
 pytest.importorskip("starlette")
 import httpx
+import jax
 import launch
 import page_cases as cases
-from page_cases import HTML, ROOT, hidden
+from page_cases import HTML, hidden
 
+from rlhf_jax import lm
+from rlhf_jax.data import tokenizers
 from rlhf_jax.feedback import store
 
 EXPERIMENTS = pathlib.Path(launch.__path__[0]).parent
@@ -60,28 +63,38 @@ def polite(path):
     return sum("thank you" in json.loads(line)["response"] for line in path.read_text().splitlines()) / 128
 
 
-@pytest.mark.parametrize("quick", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_choices_of_people_improve_a_policy(tmp_path, quick):
-    shown, labels = tmp_path / "demonstrations.jsonl", tmp_path / "labels.sqlite"
-    sft, reward_model, ppo = (tmp_path / name for name in ("sft", "reward_model", "ppo"))
-    demonstrations(shown)
-    steps = 20 if quick else 200
-    flags = ("--data.vocab-size", 300, "--data.width", 64, "--learning-rate", 0.003, "--batch", 8)
-    run("sft.py", "--model", "tiny", "--data.path", shown, "--steps", steps, *flags, "--out", sft)
+def serve_and_label(policy, labels, n_pairs):
+    """Serves a policy with the command line while a simulated labeler chats with it."""
     with store.Store(labels) as opened:
         token = opened.add_labeler("Ada")
     port = cases.free_port()
-    serve = [sys.executable, "-m", "rlhf_jax.feedback", "serve", str(labels), "--set", "round 1", "--policy", str(sft)]
-    with subprocess.Popen([*serve, "--port", str(port), "--max-new-tokens", "24"], cwd=ROOT) as server:
+    serve = ("rlhf_jax.feedback", "serve", labels, "--set", "round 1", "--policy", policy, "--port", port)
+    command = [sys.executable, "-m", *map(str, serve), "--max-new-tokens", "24"]
+    with subprocess.Popen(command, cwd=ROOT) as server:
         try:
             cases.wait_for(f"http://127.0.0.1:{port}", server)
-            label_in_chat(f"http://127.0.0.1:{port}", token, 2 if quick else 30)
+            label_in_chat(f"http://127.0.0.1:{port}", token, n_pairs)
         finally:
             server.kill()
     with store.Store(labels) as opened:
-        assert len(opened.latest("round 1 (chat)")) >= (1 if quick else 20)
-    if quick:
-        return
+        return len(opened.latest("round 1 (chat)"))
+
+
+def test_a_policy_is_served_and_its_answers_are_labelled(tmp_path):
+    tokenizer = tokenizers.word_level(sorted({word for i in range(64) for word in question(i)[:-1].split()}))
+    cfg = lm.LMConfig.preset("tiny", vocab_size=len(tokenizer))
+    lm.save(tmp_path / "policy", cfg, lm.init(jax.random.key(0), cfg), tokenizer)
+    assert serve_and_label(tmp_path / "policy", tmp_path / "labels.sqlite", 2) == 2
+
+
+@pytest.mark.slow
+def test_choices_of_people_improve_a_policy(tmp_path):
+    shown, labels = tmp_path / "demonstrations.jsonl", tmp_path / "labels.sqlite"
+    sft, reward_model, ppo = (tmp_path / name for name in ("sft", "reward_model", "ppo"))
+    demonstrations(shown)
+    flags = ("--data.vocab-size", 300, "--data.width", 64, "--learning-rate", 0.003, "--batch", 8, "--steps", 200)
+    run("sft.py", "--model", "tiny", "--data.path", shown, *flags, "--out", sft)
+    assert serve_and_label(sft, labels, 30) >= 20
     flags = ("--epochs", 8, "--batch", 4, "--learning-rate", 0.001, "--data.held-out", 0.2)
     run("reward_model.py", "--model", sft, "--data.path", labels, *flags, "--out", reward_model)
     flags = ("--max-new-tokens", 24, "--ppo.iterations", 20, "--ppo.batch", 32, "--ppo.learning-rate", 0.0003)
