@@ -70,7 +70,7 @@ def serve_and_label(policy, labels, n_pairs):
     port = cases.free_port()
     serve = ("rlhf_jax.feedback", "serve", labels, "--set", "round 1", "--policy", policy, "--port", port)
     command = [sys.executable, "-m", *map(str, serve), "--max-new-tokens", "24"]
-    with subprocess.Popen(command, cwd=ROOT) as server:
+    with subprocess.Popen(command, cwd=cases.ROOT) as server:
         try:
             cases.wait_for(f"http://127.0.0.1:{port}", server)
             label_in_chat(f"http://127.0.0.1:{port}", token, n_pairs)

@@ -202,11 +202,12 @@ def test_a_conversation_goes_on_with_the_chosen_answer(opened, red_team):
 
 
 def test_a_message_that_arrives_twice_is_answered_once(opened):
-    ada = client(opened)
+    asked = []
+    ada = client(opened, policy=lambda messages, sample: asked.append(sample) or f"answer {sample}")
     form = hidden(ada.get("/chat", headers=HTML).text) | {"message": "Hello"}
     for _ in range(2):
         assert ada.post("/chat", data=form).status_code == 200
-    assert len(opened.items("a (chat)")) == 1
+    assert len(opened.items("a (chat)")) == 1 and asked == [0, 1]
 
 
 def test_a_policy_with_one_answer_and_bad_messages_are_reported(opened):
