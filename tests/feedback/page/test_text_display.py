@@ -65,7 +65,7 @@ ANSWERS = [
     (
         judgements.LIKERT,
         1,
-        {"answer": "7", "hallucination": "yes"},
+        {"answer": "7", "hallucination": "yes", "sexual_content": "no"},
         judgements.Judgement(rating=7, flags={name: name == "hallucination" for name in judgements.FLAGS}),
     ),
     (judgements.LIKERT, 1, {"answer": "unsure", "hallucination": "yes"}, judgements.Judgement(unsure=True)),
