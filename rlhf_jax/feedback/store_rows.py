@@ -11,10 +11,9 @@ from typing import Any
 from rlhf_jax.feedback import judgements
 
 OPEN_ASSIGNMENT = """
-    SELECT items.*, a.seed, a.expires FROM assignments a JOIN items ON items.id = a.item
-    WHERE a.labeler = :who AND a.expires > :now AND items.set_name = :set
-    AND NOT EXISTS (SELECT 1 FROM judgements j WHERE j.item = a.item AND j.labeler = a.labeler)
-    ORDER BY a.number DESC LIMIT 1"""
+    SELECT items.*, open.seed, open.expires FROM open JOIN items ON items.id = open.item
+    WHERE open.labeler = :who AND open.expires > :now AND items.set_name = :set
+    ORDER BY open.rowid DESC LIMIT 1"""
 PROGRESS = (
     "SELECT COUNT(DISTINCT j.item) FROM judgements j JOIN items ON items.id = j.item "
     "WHERE j.labeler = :who AND items.set_name = :set",
@@ -25,22 +24,20 @@ PROGRESS = (
 """Numbers of items that a labeler has judged, and that are left."""
 _UNJUDGED = "NOT EXISTS (SELECT 1 FROM judgements j WHERE j.item = judged.item AND j.labeler = :who)"
 _WITH_OPEN = """
-    WITH open AS MATERIALIZED (
-        SELECT a.item, COUNT(DISTINCT a.labeler) AS number FROM assignments a
-        WHERE a.expires > :now
-        AND NOT EXISTS (SELECT 1 FROM judgements j WHERE j.item = a.item AND j.labeler = a.labeler) GROUP BY a.item)
-    SELECT judged.item, judged.number, judged.labelers + IFNULL(open.number, 0) AS asked"""
+    WITH asked AS MATERIALIZED (SELECT item, COUNT(*) AS number FROM open WHERE expires > :now GROUP BY item)
+    SELECT judged.item, judged.number, judged.labelers + IFNULL(asked.number, 0) AS asked"""
 # An index has the items in the order of their judgements. Open assignments count as judgements too, so the item with
 # the fewest is among the first ones, of which there is one more than there are items with an open assignment.
 _NEXT_ITEM = f"""{_WITH_OPEN}, 0 AS recent FROM (
         SELECT * FROM judged WHERE set_name = :set AND (duplicate_of IS NOT NULL) = 0 AND {_UNJUDGED}
-        ORDER BY labelers, number LIMIT 1 + (SELECT COUNT(*) FROM open)) judged
-    LEFT JOIN open ON open.item = judged.item
+        ORDER BY labelers, number LIMIT 1 + (SELECT COUNT(*) FROM asked)) judged
+    LEFT JOIN asked ON asked.item = judged.item
     WHERE :most IS NULL OR asked < :most ORDER BY asked, judged.number LIMIT 1"""
+# The plus sign keeps SQLite from a search through the whole set.
 _NEXT_DUPLICATE = f"""{_WITH_OPEN}, judged.duplicate_of IN
         (SELECT item FROM judgements WHERE labeler = :who ORDER BY number DESC LIMIT :gap) AS recent
-    FROM judged LEFT JOIN open ON open.item = judged.item
-    WHERE set_name = :set AND duplicate_of IN (SELECT item FROM judgements WHERE labeler = :who) AND {_UNJUDGED}
+    FROM judged LEFT JOIN asked ON asked.item = judged.item
+    WHERE +set_name = :set AND duplicate_of IN (SELECT item FROM judgements WHERE labeler = :who) AND {_UNJUDGED}
     AND (:most IS NULL OR asked < :most) ORDER BY recent, asked, judged.number LIMIT 1"""
 
 

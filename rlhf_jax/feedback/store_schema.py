@@ -97,6 +97,21 @@ _VERSION_2 = (
         WHEN NOT EXISTS
             (SELECT 1 FROM judgements WHERE item = NEW.item AND labeler = NEW.labeler AND number < NEW.number)
         BEGIN UPDATE judged SET labelers = labelers + 1 WHERE item = NEW.item; END""",
+    # The assignments that have not been judged yet, some of which have expired.
+    """CREATE TABLE open (
+        labeler INTEGER NOT NULL,
+        item TEXT NOT NULL,
+        seed INTEGER NOT NULL,
+        expires REAL NOT NULL,
+        PRIMARY KEY (labeler, item))""",
+    """INSERT OR REPLACE INTO open SELECT labeler, item, seed, expires FROM assignments a
+        WHERE NOT EXISTS (SELECT 1 FROM judgements j WHERE j.item = a.item AND j.labeler = a.labeler)
+        ORDER BY number""",
+    """CREATE TRIGGER assignments_open AFTER INSERT ON assignments
+        WHEN NOT EXISTS (SELECT 1 FROM judgements WHERE item = NEW.item AND labeler = NEW.labeler)
+        BEGIN INSERT OR REPLACE INTO open VALUES (NEW.labeler, NEW.item, NEW.seed, NEW.expires); END""",
+    """CREATE TRIGGER judgements_open AFTER INSERT ON judgements
+        BEGIN DELETE FROM open WHERE labeler = NEW.labeler AND item = NEW.item; END""",
     # Sessions of the labelling page.
     """CREATE TABLE sessions (
         hash BLOB PRIMARY KEY,
