@@ -144,16 +144,18 @@ class Store:
             self._db.close()
 
     @contextlib.contextmanager
-    def transaction(self, *, write: bool = False) -> Iterator[sqlite3.Connection]:
+    def transaction(self, *, write: bool = False, durable: bool = True) -> Iterator[sqlite3.Connection]:
         """Makes the calls in a ``with`` block one transaction: they see one state, and are stored as a whole.
 
-        ``write`` is whether one of them writes. Yields the connection.
+        ``write`` is whether one of them writes. If it is not ``durable``, a loss of power can undo it, unless a durable
+        one followed; the end of the process cannot. Yields the connection.
         """
         with self._lock:
             if self._db.in_transaction:  # of a method that calls another
                 yield self._db
                 return
             try:
+                self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
                 self._db.execute("BEGIN IMMEDIATE" if write else "BEGIN")
                 yield self._db
                 self._db.execute("COMMIT")
@@ -292,7 +294,8 @@ class Store:
             The assignment, or None if no item is left.
         """
         now = time.time() if now is None else now
-        with self.transaction(write=True) as db:
+        # The order does not depend on what is stored here, and the judgement that follows is durable.
+        with self.transaction(write=True, durable=False) as db:
             who = self._labeler(db, labeler, active=True)["number"]
             names = {"who": who, "set": set_name, "now": now, "gap": DUPLICATE_GAP, "most": max_judgements}
             if item is not None:

@@ -179,9 +179,6 @@ def _open(path: pathlib.Path, query: str, timeout: float) -> sqlite3.Connection:
     )
     db.row_factory = sqlite3.Row
     db.execute("PRAGMA foreign_keys = ON")
-    # With NORMAL, a loss of power can undo the last commits in WAL mode. A person's work that was acknowledged must
-    # not be lost, and people judge too slowly for the cost of one fsync each to matter.
-    db.execute("PRAGMA synchronous = FULL")
     return db
 
 
