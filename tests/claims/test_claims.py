@@ -1,8 +1,13 @@
 """Claims are decided as they should be, on synthetic measurements."""
 
+import types as types_lib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from claims import trajectories, verdicts
+from claims import trajectories, trial, verdicts
 from claims.instructgpt import c09_kl_coefficient
 from claims.overoptimisation import (
     c16_sqrt_kl,
@@ -12,7 +17,10 @@ from claims.overoptimisation import (
     c37_policy_size,
     c38_kl_penalty_frontier,
 )
-from claims.policy_optimisation import c32_separate_critic, c33_adaptive_kl
+from claims.policy_optimisation import c30_small_policy, c32_separate_critic, c33_adaptive_kl
+from recipe import tasks
+
+from rlhf_jax.simulation import labelers
 
 KL_C = np.array([0.0, 0.3, 1.0, 2.2, 4.0, 6.0, 9.0, 12.0, 16.0])
 D_C = np.sqrt(KL_C)
@@ -40,6 +48,17 @@ def c17(rng, effect, noise=0.02):
             "win_rate": 0.6 + 0.2 * gains[name] + noise * rng.normal(size=len(share_C)),
         }
         for name in arms
+    }
+
+
+def c30(rng, effect):
+    rates = {"small SFT": 0.4, "small PPO": 0.5 + 0.1 * effect}
+    return {
+        arm: {
+            size: {"win_rate": rate + 0.01 * rng.normal(), "at equal lengths": rate + 0.01 * rng.normal()}
+            for size in c30_small_policy.SFT
+        }
+        for arm, rate in rates.items()
     }
 
 
@@ -118,6 +137,7 @@ def c38(rng, effect, noise=0.005):
 CASES = {
     "C16": (c16_sqrt_kl, c16),
     "C17": (c17_train_and_test_models, c17),
+    "C30": (c30_small_policy, c30),
     "C31": (c31_reward_model_overoptimised, c31),
     "C32": (c32_separate_critic, c32),
     "C33": (c33_adaptive_kl, c33),
@@ -177,3 +197,32 @@ def test_predictions_beyond_the_fitted_range_are_exact_for_the_form_of_the_point
     points = {"kl": kl_M[::-1], "gain": (np.sqrt(kl_M) * (1 - 0.2 * np.sqrt(kl_M)))[::-1]}
     own, other = (c35_functional_forms.error(points, form) for form in c35_functional_forms.FORMS.values())
     assert own < 1e-9 < 0.01 < other
+
+
+def test_labelers_who_like_long_answers_have_the_other_tastes_of_the_training_labelers():
+    settings = trial.settings_of(100, quick=True)
+    own: Any = types_lib.SimpleNamespace(settings=settings)
+    world = tasks.make_task(settings).world
+    assert world is not None
+    length, known_RF = labelers.FEATURES.index("length"), np.asarray(world.pool.weights_RF)
+    for taste in (0.0, 0.3):
+        weights_RF = np.asarray(c30_small_policy.labelers_of(own, taste).weights_RF)
+        np.testing.assert_array_equal(np.delete(weights_RF, length, axis=1), np.delete(known_RF, length, axis=1))
+        assert np.mean(weights_RF[:, length]) == pytest.approx(taste, abs=0.05)
+
+
+def test_answers_that_are_only_longer_win_half_the_time_at_equal_lengths():
+    rng, length = np.random.default_rng(0), labelers.FEATURES.index("length")
+    weights_RF = np.zeros((4, len(labelers.FEATURES)))
+    weights_RF[:, length] = 0.3
+    pool: Any = labelers.make_pool(jax.random.key(0), 4, temperature=0.2)
+    judges = pool.replace(weights_RF=jnp.asarray(weights_RF))
+    reference, *answers = rng.random((3, 500, len(labelers.FEATURES))).astype(np.float32)
+    for features, factor in ((reference, 1.0), (answers[0], 1.0), (answers[1], 1.5)):
+        features[:, length] = 0.45 * factor * np.exp(0.1 * rng.normal(size=500))
+    sft, ppo = c30_small_policy.win_rates(judges, answers, reference).values()
+    by_hand = np.mean(1 / (1 + np.exp(-0.3 * (answers[1] - reference)[:, length] / 0.2)))
+    assert ppo["win_rate"] == pytest.approx(by_hand, abs=1e-5) and by_hand > 0.55
+    assert ppo["at equal lengths"] == pytest.approx(0.5, abs=0.02)
+    assert ppo["length ratio"] == pytest.approx(1.5, abs=0.02)
+    assert sft["win_rate"] == pytest.approx(0.5, abs=0.01)

@@ -11,11 +11,14 @@ from claims.preference_models import (
     c12_turns,
     c13_calibration,
     c14_high_scores,
+    c15_elo,
     c28_preference_pretraining,
     c29_imitation,
     pair_stages,
 )
 
+from rlhf_jax import diagnostics
+from rlhf_jax.diagnostics import ranking
 from rlhf_jax.simulation import gold, labelers, lexicon, prompts
 from rlhf_jax.simulation import world as world_lib
 
@@ -40,6 +43,12 @@ def c14(rng, effect):
     }
 
 
+def c15(rng, effect):
+    share = {1: 0.9545, 0: 0.97, -1: 0.8}[effect]
+    found = {"score": 100.0, "preference model": 80.0, "labelers": 60.0, "formula": 6e-8 if effect >= 0 else 1e-4}
+    return {name: found | {"inside": share + 0.003 * rng.normal()} for name in ("small SFT", "large PPO")}
+
+
 def c28(rng, effect):
     gains = {"none": (0.0, 0.0), "ranked": (0.02, 0.0), "binary": (0.05, 0.01)}
     return {
@@ -60,6 +69,7 @@ CASES: dict[str, Any] = {
     "C12": (c12_turns, c12),
     "C13": (c13_calibration, c13),
     "C14": (c14_high_scores, c14),
+    "C15": (c15_elo, c15),
     "C28": (c28_preference_pretraining, c28),
     "C29": (c29_imitation, c29),
 }
@@ -123,6 +133,24 @@ def test_the_accuracy_above_a_threshold_is_that_of_a_loop():
             if w and a >= threshold and b >= threshold
         ]
         assert accuracy == pytest.approx(np.mean(right))
+
+
+def test_known_scores_are_recovered_from_matches_unless_the_elo_scale_is_wrong(monkeypatch):
+    known_M, scores = np.array([0.0, 0.5, -1.0, 1.5]), np.array([0.3, -2.0, 5.0], np.float32)
+    inside_M = c15_elo.recovered(known_M, 1, tournaments=200, seed=0)
+    assert inside_M[1] == 1 and np.mean(np.delete(inside_M, 1)) == pytest.approx(0.9545, abs=0.025)
+    assert c15_elo.formula_error(scores, -scores) < 1e-6
+    for module in (diagnostics, ranking):
+        monkeypatch.setattr(module, "ELO_PER_NAT", 200.0)
+    assert np.delete(c15_elo.recovered(known_M, 1, tournaments=50, seed=0), 1).mean() < 0.9
+    assert c15_elo.formula_error(scores, -scores) > 1e-3
+
+
+def test_the_elo_scores_of_matches_between_constant_scores_are_these_scores():
+    score_MN = np.repeat([[0.0], [1.0], [-0.5]], 20, axis=1)
+    wins_MM = c15_elo.wins(lambda i, j: 1 / (1 + np.exp(score_MN[j] - score_MN[i])), 3)
+    elo = [each.mean for each in diagnostics.bradley_terry(wins_MM).elo(reference=0)]
+    np.testing.assert_allclose(elo, [0.0, diagnostics.ELO_PER_NAT, -diagnostics.ELO_PER_NAT / 2], atol=1e-6)
 
 
 def test_pairs_of_equal_answers_are_left_out_and_the_chosen_one_is_ranked_first():

@@ -1,1 +1,1 @@
-"""Claims about preference models: pretraining, imitation, turns, calibration and high scores."""
+"""Claims about preference models: pretraining, imitation, turns, calibration, high scores and Elo."""
