@@ -69,7 +69,7 @@ class Progress(NamedTuple):
 
     judged: int
     left: int
-    """Without hidden duplicates, and without items that have enough judgements."""
+    """Without items that have enough judgements."""
 
 
 class Recorded(NamedTuple):
@@ -276,7 +276,7 @@ class Store:
         max_judgements: int | None = None,
         now: float | None = None,
     ) -> Assignment | None:
-        """Assigns a labeler the next item: their open assignment, otherwise an item with the fewest judgements.
+        """Assigns a labeler the next item: their open assignment, otherwise a random item of the fewest judgements.
 
         A labeler never receives an item that they have judged, and a hidden duplicate only if they have judged the
         item that it repeats (see `DUPLICATE_GAP`). An open assignment of another labeler counts as a judgement.

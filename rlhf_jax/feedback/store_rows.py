@@ -17,36 +17,39 @@ OPEN_ASSIGNMENT = """
 PROGRESS = (
     "SELECT COUNT(DISTINCT j.item) FROM judgements j JOIN items ON items.id = j.item "
     "WHERE j.labeler = :who AND items.set_name = :set",
-    "SELECT COUNT(*) FROM (SELECT 1 FROM judged WHERE set_name = :set AND (duplicate_of IS NOT NULL) = 0 "
-    "AND (:n IS NULL OR labelers < :n) AND NOT EXISTS "
-    "(SELECT 1 FROM judgements j WHERE j.item = judged.item AND j.labeler = :who) LIMIT :most)",
+    """SELECT COUNT(*) FROM (
+        SELECT 1 FROM judged LEFT JOIN judged original ON original.item = judged.duplicate_of
+        WHERE judged.set_name = :set AND (:n IS NULL OR judged.labelers < :n)
+        AND NOT EXISTS (SELECT 1 FROM judgements j WHERE j.item = judged.item AND j.labeler = :who)
+        AND (judged.duplicate_of IS NULL OR :n IS NULL OR original.labelers < :n
+            OR EXISTS (SELECT 1 FROM judgements j WHERE j.item = original.item AND j.labeler = :who))
+        LIMIT :most)""",
 )
 """Numbers of items that a labeler has judged, and that are left."""
 _UNJUDGED = "NOT EXISTS (SELECT 1 FROM judgements j WHERE j.item = judged.item AND j.labeler = :who)"
 _WITH_OPEN = """
     WITH asked AS MATERIALIZED (SELECT item, COUNT(*) AS number FROM open WHERE expires > :now GROUP BY item)
-    SELECT judged.item, judged.number, judged.labelers + IFNULL(asked.number, 0) AS asked"""
-# An index has the items in the order of their judgements. Open assignments count as judgements too, so the item with
-# the fewest is among the first ones, of which there is one more than there are items with an open assignment.
+    SELECT judged.item, judged.labelers + IFNULL(asked.number, 0) AS asked"""
+# An index has the items in the order of their judgements, and those with as many in the order of their identifiers,
+# which is random, so that gold questions and duplicates are among the others. Open assignments count as judgements too,
+# so the item with the fewest is among the first ones, of which there is one more than items with an assignment.
 _NEXT_ITEM = f"""{_WITH_OPEN}, 0 AS recent FROM (
         SELECT * FROM judged WHERE set_name = :set AND (duplicate_of IS NOT NULL) = 0 AND {_UNJUDGED}
-        ORDER BY labelers, number LIMIT 1 + (SELECT COUNT(*) FROM asked)) judged
+        ORDER BY labelers, item LIMIT 1 + (SELECT COUNT(*) FROM asked)) judged
     LEFT JOIN asked ON asked.item = judged.item
-    WHERE :most IS NULL OR asked < :most ORDER BY asked, judged.number LIMIT 1"""
+    WHERE :most IS NULL OR asked < :most ORDER BY asked, judged.item LIMIT 1"""
 # The plus sign keeps SQLite from a search through the whole set.
 _NEXT_DUPLICATE = f"""{_WITH_OPEN}, judged.duplicate_of IN
         (SELECT item FROM judgements WHERE labeler = :who ORDER BY number DESC LIMIT :gap) AS recent
     FROM judged LEFT JOIN asked ON asked.item = judged.item
     WHERE +set_name = :set AND duplicate_of IN (SELECT item FROM judgements WHERE labeler = :who) AND {_UNJUDGED}
-    AND (:most IS NULL OR asked < :most) ORDER BY recent, asked, judged.number LIMIT 1"""
+    AND (:most IS NULL OR asked < :most) ORDER BY recent, asked, judged.item LIMIT 1"""
 
 
 def next_item(db: sqlite3.Connection, names: dict[str, Any]) -> sqlite3.Row | None:
     """Returns the item that a labeler is asked next; see `store.Store.assign`."""
     found = [db.execute(query, names).fetchone() for query in (_NEXT_ITEM, _NEXT_DUPLICATE)]
-    best = min(
-        (row for row in found if row), key=lambda row: (row["recent"], row["asked"], row["number"]), default=None
-    )
+    best = min((row for row in found if row), key=lambda row: (row["recent"], row["asked"], row["item"]), default=None)
     return best and db.execute("SELECT * FROM items WHERE id = ?", (best["item"],)).fetchone()
 
 

@@ -83,16 +83,15 @@ _VERSION_2 = (
     """CREATE TABLE judged (
         item TEXT PRIMARY KEY REFERENCES items (id),
         set_name TEXT NOT NULL,
-        number INTEGER NOT NULL,
         duplicate_of TEXT,
         labelers INTEGER NOT NULL)""",
-    "CREATE INDEX judged_least ON judged (set_name, duplicate_of IS NOT NULL, labelers, number)",
+    "CREATE INDEX judged_least ON judged (set_name, duplicate_of IS NOT NULL, labelers, item)",
     "CREATE INDEX judged_duplicates ON judged (duplicate_of) WHERE duplicate_of IS NOT NULL",
     "CREATE INDEX judgements_of_labeler ON judgements (labeler, number)",
-    """INSERT INTO judged SELECT id, set_name, number, duplicate_of,
+    """INSERT INTO judged SELECT id, set_name, duplicate_of,
         (SELECT COUNT(DISTINCT labeler) FROM judgements WHERE item = items.id) FROM items""",
     """CREATE TRIGGER items_judged AFTER INSERT ON items BEGIN
-        INSERT INTO judged VALUES (NEW.id, NEW.set_name, NEW.number, NEW.duplicate_of, 0); END""",
+        INSERT INTO judged VALUES (NEW.id, NEW.set_name, NEW.duplicate_of, 0); END""",
     """CREATE TRIGGER judgements_judged AFTER INSERT ON judgements
         WHEN NOT EXISTS
             (SELECT 1 FROM judgements WHERE item = NEW.item AND labeler = NEW.labeler AND number < NEW.number)

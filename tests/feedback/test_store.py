@@ -213,7 +213,7 @@ def test_items_with_the_fewest_judgements_come_first_and_never_twice(opened):
 
 
 def test_an_open_assignment_counts_until_it_expires(opened):
-    first, second = opened.add([item(0), item(1)], set_name="a")
+    first, second = sorted(opened.add([item(0), item(1)], set_name="a"))
 
     def assigned(name, now, **others):
         found = opened.assign(name, set_name="a", lease=10.0, now=now, **others)
@@ -233,20 +233,32 @@ def test_an_open_assignment_counts_until_it_expires(opened):
 
 
 def test_hidden_duplicates_follow_their_originals_at_a_distance(opened):
-    [first] = opened.add([item(0)], set_name="a")
-    [duplicate] = opened.add([item(0, duplicate_of=first)], set_name="a")
-    others = opened.add([item(i) for i in range(1, 14)], set_name="a")
-    [late] = opened.add([item(13, duplicate_of=others[-1])], set_name="a")
+    ids = opened.add([item(i) for i in range(40)], set_name="a")
+    repeated = opened.add([item(i, duplicate_of=ids[i]) for i in range(8)], set_name="a")
+    seen = []
+    while (found := opened.assign("Ada", set_name="a")) is not None:
+        left = opened.progress("Ada", set_name="a").left
+        assert left == 48 - len(seen)
+        seen.append(found.id)
+        judge(opened, "Ada", found)
+    assert sorted(seen) == sorted(ids + repeated)
+    places = [(seen.index(ids[i]), seen.index(repeated[i])) for i in range(8)]
+    assert all(again - first > store.DUPLICATE_GAP for first, again in places if first < 48 - store.DUPLICATE_GAP - 1)
+    assert min(again for _, again in places) < 30, "duplicates are among the other items"
+    for _ in range(3):
+        found = opened.assign("Bo", set_name="a")
+        assert found.id in ids, "Bo has judged no original, or just now"
+        judge(opened, "Bo", found)
+
+
+def test_gold_questions_are_among_the_other_items(opened):
+    opened.add([item(i) for i in range(40)], set_name="a")
+    gold = opened.add([item(i, expected=Judgement(strength=1)) for i in range(40, 50)], set_name="a")
     seen = []
     while (found := opened.assign("Ada", set_name="a")) is not None:
         seen.append(found.id)
         judge(opened, "Ada", found)
-    assert seen == [first, *others[:10], duplicate, *others[10:], late]
-    judge(opened, "Bo", opened.assign("Bo", set_name="a"))
-    assert duplicate != opened.assign("Bo", set_name="a").id != late
-    assert opened.assign("Cy", set_name="a").id == others[1], (
-        "Cy has judged no original, and Bo has the next assignment"
-    )
+    assert 10 < sum(map(seen.index, gold)) / 10 < 40
 
 
 # ----------------------------------------------------------------------------------------------------------- labelers
@@ -480,8 +492,8 @@ def test_a_store_of_the_first_version_assigns_as_before(tmp_path, monkeypatch):
                 opened.record(name, ids[0], judgements.Judgement(strength=1), key=str(i))
             opened.record("Ada", ids[1], judgements.Judgement(strength=1), key="3")
     with store.Store(path) as opened:
-        counts = opened._db.execute("SELECT labelers FROM judged ORDER BY number").fetchall()
-        assert [row["labelers"] for row in counts] == [2, 1, 0]
+        counts = {row["item"]: row["labelers"] for row in opened._db.execute("SELECT item, labelers FROM judged")}
+        assert [counts[id] for id in ids] == [2, 1, 0]
         found = opened.assign("Ben", set_name="a")
         assert found is not None and found.id == ids[2]
 
@@ -511,7 +523,7 @@ def test_the_next_item_is_that_of_plain_python(tmp_path_factory, data):
             left = [id for id in left if repeat_of.get(id, id) in done[name] or id not in repeat_of]
             left = [id for id in left if most is None or asked(id) < most]
             recent = done[name][-store.DUPLICATE_GAP :]
-            left.sort(key=lambda id: (repeat_of.get(id) in recent, asked(id)))
+            left.sort(key=lambda id: (repeat_of.get(id) in recent, asked(id), id))
             expected = held.get(name, left[0] if left else None)
             found = opened.assign(name, set_name="a", lease=4, max_judgements=most, now=now)
             assert (None if found is None else found.id) == expected
