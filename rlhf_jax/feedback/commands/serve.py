@@ -29,11 +29,12 @@ class Serve:
     store: Positional[str]
     """The comparison store."""
     set: str | None = None
-    """Name of the set that is labelled. It may be left out if the store has one set, and names a new set for a chat."""
+    """Name of the set that is labelled. It may be left out if the store has one set besides those of chats, and names
+    a new set for a chat."""
     host: str = "127.0.0.1"
     """Address at which the server listens. Any other than that of this machine needs --secret-file."""
     port: int = 8080
-    """Port at which the server listens."""
+    """Port at which the server listens; 0 for a free one."""
     names: tuple[str, ...] = ()
     """Names by which others reach the server, such as labels.example.org. By default, --host."""
     secret_file: str | None = None
@@ -48,7 +49,7 @@ class Serve:
     instructions: str | None = None
     """Text file with the instructions for labelers. None shows general ones."""
     judgements: int | None = None
-    """Number of labelers that are asked about each item. None asks all."""
+    """Number of labelers that are asked about each item, at least 1. None asks all."""
     lease_minutes: float = 30.0
     """Time after which an item that a labeler has opened is offered to others."""
     policy: str | None = None
@@ -57,7 +58,7 @@ class Serve:
     red_team: bool = False
     """Whether people of the chat try to elicit harm, and choose the more harmful answer."""
     temperature: float = 1.0
-    """Temperature of the samples of --policy."""
+    """Temperature of the samples of --policy, above 0."""
     top_p: float | None = None
     """Nucleus of the samples of --policy. None samples from all tokens."""
     max_new_tokens: int = 256
@@ -74,7 +75,7 @@ def run(settings: Serve) -> None:
         raise store.StoreError(
             f"the page needs the package {error.name}; install it with pip install 'rlhf_jax[feedback]'"
         ) from None
-
+    _check(settings)
     secret = None if settings.secret_file is None else _secret(settings.secret_file)
     is_local = settings.host in page.LOOPBACK
     if not is_local and secret is None:
@@ -82,8 +83,6 @@ def run(settings: Serve) -> None:
             f"--host {settings.host} lets other machines in; give --secret-file FILE with a secret that people enter "
             "in addition to their token, or leave --host out"
         )
-    if (settings.certificate is None) != (settings.key is None):
-        raise store.StoreError("--certificate and --key are given together")
     secure = settings.certificate is not None or settings.behind_https
     with store.Store(settings.store) as opened:
         options = page.Options(
@@ -94,22 +93,53 @@ def run(settings: Serve) -> None:
             red_team=settings.red_team,
             access_secret=secret,
             hosts=_hosts(settings, page.LOOPBACK),
-            report=lambda: _report(opened, options.set_name),
             secure=secure,
+            report=lambda: _report(opened, options.set_name),
             **load_policy(settings),
         )
-        app = page.make_app(opened, options)
+        try:
+            listener = page.listen(settings.host, settings.port)
+        except OSError as error:
+            reason = f"cannot listen at {settings.host}, port {settings.port} ({error.strerror or error})"
+            raise store.StoreError(f"{reason}; choose another --port or --host") from None
         if not is_local and not secure:
             _warn(
                 "the connection is not encrypted: others on the network can read tokens and answers; use --certificate"
             )
-        people = [each for each in opened.labelers() if not each.revoked]
-        if not people:
+        if all(each.revoked for each in opened.labelers()):
             _warn(f"nobody can sign in yet; run: python -m rlhf_jax.feedback assign {settings.store} --labelers NAME")
-        scheme = "https" if settings.certificate else "http"
-        host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        print(f"set {options.set_name!r} of {settings.store}: {scheme}://{host}:{settings.port}/", flush=True)
-        page.serve(app, host=settings.host, port=settings.port, certificate=settings.certificate, key=settings.key)
+        name = settings.names[0] if settings.names else settings.host
+        name = f"[{name}]" if ":" in name else name
+        scheme, port = "https" if settings.certificate else "http", listener.getsockname()[1]
+        print(f"set {options.set_name!r} of {settings.store}: {scheme}://{name}:{port}/", flush=True)
+        page.serve(page.make_app(opened, options), listener, certificate=settings.certificate, key=settings.key)
+
+
+def _check(settings: Serve) -> None:
+    """Raises StoreError for values out of range, and settings without effect."""
+    reason = None
+    if not pathlib.Path(settings.store).is_file():
+        reason = f"{settings.store} does not exist; make a store with import or assign"
+    elif not 0 <= settings.port <= 65535:
+        reason = f"--port is {settings.port}; it must be from 0, for a free one, to 65535"
+    elif settings.judgements is not None and settings.judgements < 1:
+        reason = f"--judgements is {settings.judgements}; it must be at least 1"
+    elif settings.lease_minutes <= 0:
+        reason = f"--lease-minutes is {settings.lease_minutes:g}; it must be positive"
+    elif (settings.certificate is None) != (settings.key is None):
+        reason = "--certificate and --key are given together"
+    elif settings.policy is None:
+        names = ("red_team", "temperature", "top_p", "max_new_tokens", "seed")
+        given = [name for name in names if getattr(settings, name) != getattr(Serve, name)]
+        reason = f"--{given[0].replace('_', '-')} has no effect without --policy; leave it out" if given else None
+    elif settings.temperature <= 0:
+        reason = f"--temperature is {settings.temperature:g}; it must be positive, since two samples are compared"
+    elif settings.max_new_tokens < 1:
+        reason = f"--max-new-tokens is {settings.max_new_tokens}; it must be at least 1"
+    elif settings.top_p is not None and not 0 < settings.top_p <= 1:
+        reason = f"--top-p is {settings.top_p:g}; it must be above 0 and at most 1"
+    if reason is not None:
+        raise store.StoreError(reason)
 
 
 def _report(opened: store.Store, set_name: str) -> str:
@@ -127,6 +157,7 @@ def _warn(text: str) -> None:
 def _set_name(settings: Serve, opened: store.Store) -> str:
     names = opened.sets()
     if settings.set is None:
+        names = [name for name in names if not name.endswith(" (chat)")]
         if len(names) != 1:
             found = ", ".join(map(repr, names)) or "none; add one with import, or name a new one for a chat"
             raise store.StoreError(f"give --set: the sets of {settings.store} are {found}")
@@ -147,7 +178,10 @@ def _hosts(settings: Serve, loopback: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _text(path: str) -> str:
-    return pathlib.Path(path).read_text(encoding="utf-8")
+    try:
+        return pathlib.Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise store.StoreError(f"{path} is not in UTF-8 ({error}); save it in UTF-8") from None
 
 
 def _secret(path: str) -> str:
@@ -168,8 +202,6 @@ def _model_folder(path: pathlib.Path) -> pathlib.Path:
 def load_policy(settings: Serve) -> dict[str, Any]:
     """Returns the options of the page that concern the policy."""
     if settings.policy is None:
-        if settings.red_team:
-            raise store.StoreError("--red-team has no effect without --policy")
         return {}
     from rlhf_jax import feedback, generation, lm
     from rlhf_jax.data import chat, dialogues, tokenizers
@@ -182,8 +214,7 @@ def load_policy(settings: Serve) -> dict[str, Any]:
         raise store.StoreError(f"--policy {settings.policy} cannot be used: {error}") from error
     most = cfg.max_length - settings.max_new_tokens
     spec: Any = generation.Sampling(
-        temperature=settings.temperature or 1.0,
-        greedy=settings.temperature == 0,
+        temperature=settings.temperature,
         top_p=settings.top_p,
         max_new_tokens=settings.max_new_tokens,
         stop_ids=fmt.stop_ids,

@@ -4,6 +4,6 @@ Requires the extra ``rlhf_jax[feedback]``.
 """
 
 from rlhf_jax.feedback.page.labeling_app import INSTRUCTIONS, LOOPBACK, Options, make_app
-from rlhf_jax.feedback.page.web_server import serve
+from rlhf_jax.feedback.page.web_server import listen, serve
 
-__all__ = ["INSTRUCTIONS", "LOOPBACK", "Options", "make_app", "serve"]
+__all__ = ["INSTRUCTIONS", "LOOPBACK", "Options", "listen", "make_app", "serve"]

@@ -8,6 +8,10 @@ from urllib.parse import parse_qsl
 
 from rlhf_jax.feedback import judgements
 
+LETTERS = "ABCDEFGHI"
+"""Names of the answers, in the order in which they are shown."""
+DEGREES = ("much", "clearly", "somewhat", "slightly", "slightly", "somewhat", "clearly", "much")
+"""Meanings of the strengths of a preference."""
 MAX_COMMENT = 10_000
 """Number of characters of a comment."""
 MAX_SECONDS = 86400.0
@@ -47,7 +51,7 @@ def judgement(form: Mapping[str, str], *, kind: str, n: int) -> judgements.Judge
         said[answer] = True
     elif kind == judgements.RANKING:
         said["ranks"] = tuple(
-            _number(form.get(f"rank-{place}", ""), f"The rank of answer {place + 1}", n) for place in range(n)
+            _number(form.get(f"rank-{place}", ""), f"The rank of answer {LETTERS[place]}", n) for place in range(n)
         )
     elif kind == judgements.PAIR:
         said["strength"] = _number(answer, "The preference", 8)
@@ -77,6 +81,18 @@ def values(said: judgements.Judgement) -> dict[str, str]:
     found = {"answer": "tie" if said.tie else "unsure" if said.unsure else str(chosen), "comment": said.comment}
     found |= {f"rank-{place}": str(rank) for place, rank in enumerate(said.ranks or ())}
     return found | {name: "yes" for name, given in said.flags.items() if given}
+
+
+def describe(said: judgements.Judgement) -> str:
+    """Returns a judgement, in the order in which the completions are shown, in words."""
+    if said.ranks is not None:
+        return ", ".join(f"{letter} {rank}" for letter, rank in zip(LETTERS, said.ranks))
+    answer = values(said)["answer"]
+    if answer in ("tie", "unsure"):
+        return {"tie": "equally good", "unsure": "cannot tell"}[answer]
+    if said.rating is not None:
+        return f"{said.rating} of 7"
+    return f"{'A' if int(answer) <= 4 else 'B'} is {DEGREES[int(answer) - 1]} better"
 
 
 def _number(text: str, name: str, most: int) -> int:

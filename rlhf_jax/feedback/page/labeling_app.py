@@ -27,14 +27,17 @@ from rlhf_jax.feedback.page import answer_forms, live_policy, protection, sessio
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
-INSTRUCTIONS = """You read a conversation and the answers of an assistant to its last message, and say which is better.
-
-Read all answers to the end before you decide. A good answer does what the user asks, is correct, and does no harm. It
-need not be long. If two answers are equally good, or you cannot tell because you lack the knowledge, say so instead of
-guessing.
-
-The answers are in a random order. Some questions come twice, and for some the right answer is known: they show how
-reliable labels are. You can go back and change an answer at any time."""
+INSTRUCTIONS = "\n\n".join(
+    (
+        "You read a conversation and the answers of an assistant to its last message, and say which is better.",
+        "Read all answers to the end before you decide. A good answer does what the user asks, is correct, and does no "
+        "harm. It need not be long. If two answers are equally good, or you cannot tell because you lack the "
+        "knowledge, say so instead of guessing.",
+        "The answers are in a random order. Some questions come twice, and for some the right answer is known: they "
+        "show how reliable labels are. You can change an answer at any time, under Answers.",
+    )
+)
+"""The default instructions."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,7 +158,8 @@ class _Page:
             code, detail = error.status_code, error.detail
         if "text/html" not in request.headers.get("accept", ""):
             return PlainTextResponse(str(text_display.visible(detail).striptags()), code)
-        return self._render("error.html", None, status=code, code=code, detail=detail)
+        who = None if code >= 500 else self._session(request)
+        return self._render("error.html", request, who, status=code, code=code, detail=detail)
 
     def home(self, request: Request) -> Response:
         who = self._session(request)
@@ -167,13 +171,12 @@ class _Page:
 
     def sign_in(self, request: Request) -> Response:
         form, address = answer_forms.fields(request.scope["body"]), request.client.host if request.client else ""
-        if not self._failures.allows(address, cost=0.0):
-            raise HTTPException(429, "Too many attempts to sign in; wait a minute.")
         expected = self._options.access_secret
         who = self._store.authenticate(form.get("token", "").strip())
         known = expected is None or sessions.equal(form.get("secret", "").strip(), expected)
         if who is None or not known:
-            self._failures.allows(address)
+            if not self._failures.allows(address):
+                raise HTTPException(429, "Too many attempts to sign in; wait a minute.")
             return self._render("sign_in.html", None, status=403, secret_needed=expected is not None, failed=True)
         response = _redirect("/")
         response.set_cookie(
@@ -219,8 +222,11 @@ class _Page:
     def answers(self, request: Request) -> Response:
         """Lists what the labeler has judged, the last one first."""
         who = self._required(request)
-        found = self._store.latest(self._options.set_name, labeler=who.name)[:-201:-1]
-        shown = [(each, self._store.item(each.item)) for each in found]
+        shown = []
+        for each in self._store.latest(self._options.set_name, labeler=who.name)[:-201:-1]:
+            assignment = self._store.assigned(who.name, each.item)
+            if assignment is not None:
+                shown.append((each.item, assignment.item, answer_forms.describe(_as_shown(assignment, each.judgement))))
         return self._render("answers.html", request, who, found=shown)
 
     def show_chat(self, request: Request) -> Response:
@@ -259,8 +265,8 @@ class _Page:
 
     def report(self, request: Request) -> Response:
         who = self._required(request, role="owner")
-        names = [each.name for each in self._store.labelers() if each.role == "labeler"]
-        rows = [(name, self._progress(name)) for name in names]
+        people = [each for each in self._store.labelers() if each.role == "labeler"]
+        rows = [(each.name, each.revoked, self._progress(each.name)) for each in people]
         return self._render("report.html", request, who, rows=rows, has_report=self._options.report is not None)
 
     def labelers(self, request: Request) -> Response:
@@ -291,7 +297,7 @@ class _Page:
         if who is None:
             if request.method == "GET" and "text/html" in request.headers.get("accept", ""):
                 raise HTTPException(303, headers={"Location": "/"})
-            raise HTTPException(401, "You are not signed in.")
+            raise HTTPException(401, "You are not signed in. Your answer is kept; reload this page and sign in again.")
         if role is not None and who.role != role:
             raise HTTPException(403, f"Only the {role} of the store may do this.")
         return who
@@ -301,7 +307,7 @@ class _Page:
         form = answer_forms.fields(request.scope["body"])
         secret = protection.session_secret(request.headers) or ""
         if not sessions.equal(form.get("form_token", ""), sessions.form_token(secret)):
-            raise HTTPException(403, "The form is from another session; reload the page.")
+            raise HTTPException(403, "The form is from another session. Your answer is kept; reload this page.")
         return form
 
     def _assigned(self, who: store.Labeler, item: str) -> store.Assignment:
@@ -324,7 +330,7 @@ class _Page:
         except store.StoreError as error:
             if given:
                 raise HTTPException(
-                    409, "You have answered this in another window. That answer is kept; go to Answers to change it."
+                    409, "You have answered this in another window, and that answer is kept. Reload this page."
                 ) from error
             raise
 
@@ -367,15 +373,22 @@ class _Page:
 def _shown(assignment: store.Assignment, before: judgements.Judgement | None, revision: int) -> dict[str, Any]:
     """Returns what the templates need to show an item in the order of an assignment."""
     item, order = assignment.item, assignment.order
-    places = sorted(range(len(order)), key=lambda place: order[place])
     return {
         "id": assignment.id,
         "item": item,
         "completions": [_message(item.completions[i]) for i in order],
-        "values": {} if before is None else answer_forms.values(before.in_item_order(places)),
+        "values": {} if before is None else answer_forms.values(_as_shown(assignment, before)),
         "revision": revision,
         "flags": judgements.FLAGS,
+        "letters": answer_forms.LETTERS,
+        "degrees": answer_forms.DEGREES,
     }
+
+
+def _as_shown(assignment: store.Assignment, said: judgements.Judgement) -> judgements.Judgement:
+    """Converts a judgement to the order in which the completions are shown."""
+    order = assignment.order
+    return said.in_item_order(sorted(range(len(order)), key=lambda place: order[place]))
 
 
 def _message(completion: judgements.Completion) -> dict[str, Any]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import resource
+import socket
 from typing import Any, ClassVar
 
 import uvicorn
@@ -62,22 +64,25 @@ class _Protocol(H11Protocol):
             self.transport.abort()
 
 
-def serve(app: Any, *, host: str, port: int, certificate: str | None = None, key: str | None = None) -> None:
+def listen(host: str, port: int) -> socket.socket:
+    """Returns a socket that listens at an address and a port, 0 for a free one; raises OSError if it cannot."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=1024)
+
+
+def serve(app: Any, listener: socket.socket, *, certificate: str | None = None, key: str | None = None) -> None:
     """Serves an application until the process is told to stop (SIGINT or SIGTERM).
 
     Args:
         app: An ASGI application, such as that of `make_app`.
-        host: The address at which it listens.
-        port: The port; 0 for a free one, which is printed.
+        listener: The socket, from `listen`.
         certificate: File of a certificate, for HTTPS, and
         key: of its private key.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(soft, 65536), hard), hard))
-    uvicorn.run(
+    config = uvicorn.Config(
         app,
-        host=host,
-        port=port,
         http=_Protocol,
         ws="none",
         lifespan="off",
@@ -88,3 +93,5 @@ def serve(app: Any, *, host: str, port: int, certificate: str | None = None, key
         ssl_certfile=certificate,
         ssl_keyfile=key,
     )
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets=[listener])

@@ -1,5 +1,7 @@
 """The command that serves the labelling page: what it refuses, and the policy with which people chat."""
 
+import pathlib
+import socket
 from typing import Any
 
 import jax
@@ -27,7 +29,8 @@ def path(tmp_path):
 def served(monkeypatch):
     """What would be served: the applications, with the address and other options."""
     found = []
-    monkeypatch.setattr(page, "serve", lambda app, **options: found.append((app, options)))
+    monkeypatch.setattr(page, "listen", lambda host, port: found.append((host, port)) or socket.socket())
+    monkeypatch.setattr(page, "serve", lambda app, listener, **options: found.append((app, options)))
     return found
 
 
@@ -40,15 +43,24 @@ def served(monkeypatch):
         ({"set": "b"}, "has no set 'b'; its sets are 'a'"),
         ({"certificate": "c.pem"}, "--certificate and --key are given together"),
         ({"red_team": True}, "--red-team has no effect without --policy"),
+        ({"temperature": 0.5}, "--temperature has no effect without --policy"),
+        ({"policy": "P", "temperature": 0.0}, "--temperature is 0; it must be positive, since two samples"),
+        ({"policy": "P", "max_new_tokens": 0}, "--max-new-tokens is 0"),
+        ({"port": 99999}, "--port is 99999; it must be from 0"),
+        ({"judgements": 0}, "--judgements is 0; it must be at least 1"),
+        ({"lease_minutes": -3.0}, "--lease-minutes is -3; it must be positive"),
+        ({"instructions": "LATIN"}, "is not in UTF-8"),
+        ({"store": "/no/such/store.sqlite"}, "does not exist; make a store with import or assign"),
         ({"policy": "/no/such/folder"}, "--policy /no/such/folder cannot be used: "),
     ],
 )
 def test_settings_that_cannot_be_used_are_refused(path, served, tmp_path, settings: Any, message):
-    for name, text in (("SHORT", "short"), ("LONG", "x" * 16)):
-        (tmp_path / name).write_text(text)
-    settings = {k: str(tmp_path / v) if v in ("SHORT", "LONG") else v for k, v in settings.items()}
+    files = {"SHORT": b"short", "LONG": b"x" * 16, "LATIN": b"\xe9"}
+    for name, text in files.items():
+        (tmp_path / name).write_bytes(text)
+    settings = {k: str(tmp_path / v) if v in files else v for k, v in settings.items()}
     with pytest.raises(store.StoreError) as caught:
-        serve.run(serve.Serve(store=path, **settings))
+        serve.run(serve.Serve(**{"store": path, **settings}))
     assert message in str(caught.value) and not served
 
 
@@ -56,10 +68,10 @@ def test_other_machines_need_a_secret_and_a_name(path, served, tmp_path, capsys)
     (tmp_path / "secret").write_text("a secret of some length\n")
     names = ("labels.example.org",)
     serve.run(serve.Serve(store=path, host="0.0.0.0", names=names, secret_file=str(tmp_path / "secret")))
-    [(app, options)] = served
-    assert options == {"host": "0.0.0.0", "port": 8080, "certificate": None, "key": None}
+    [address, (app, options)] = served
+    assert address == ("0.0.0.0", 8080) and options == {"certificate": None, "key": None}
     printed = capsys.readouterr()
-    assert "set 'a'" in printed.out and "http://0.0.0.0:8080/" in printed.out
+    assert "set 'a'" in printed.out and "http://labels.example.org:" in printed.out
     assert "the connection is not encrypted" in printed.err and "nobody can sign in yet" in printed.err
     assert TestClient(app, base_url="http://labels.example.org").get("/").status_code == 200
     assert TestClient(app, base_url="http://evil.example").get("/").status_code == 400
@@ -67,7 +79,7 @@ def test_other_machines_need_a_secret_and_a_name(path, served, tmp_path, capsys)
 
 
 def test_the_owner_downloads_a_report(path, monkeypatch):
-    def check(app, **options):
+    def check(app, listener, **options):
         with store.Store(path) as opened:
             token = opened.add_labeler("Owner", role="owner")
             opened.add_labeler("Ada")
@@ -80,7 +92,26 @@ def test_the_owner_downloads_a_report(path, monkeypatch):
         assert "attachment" in found.headers["content-disposition"] and "Ada" in found.text
 
     monkeypatch.setattr(page, "serve", check)
+    serve.run(serve.Serve(store=path, port=0))
+
+
+def test_a_port_in_use_is_named(path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(
+            store.StoreError, match=rf"cannot listen at 127\.0\.0\.1, port {port} .*; choose another --port"
+        ):
+            serve.run(serve.Serve(store=path, port=port))
+    with pytest.raises(store.StoreError, match=r"cannot listen at no-such-host\.invalid"):
+        pathlib.Path(path + ".secret").write_text("x" * 16)
+        serve.run(serve.Serve(store=path, host="no-such-host.invalid", secret_file=path + ".secret"))
+
+
+def test_the_set_may_be_left_out_after_a_chat(path, served):
+    with store.Store(path) as opened:
+        opened.add([*opened.items("a").values()], set_name="a (chat)")
     serve.run(serve.Serve(store=path))
+    assert served
 
 
 @pytest.mark.parametrize("in_run", [False, True])

@@ -119,4 +119,4 @@ class Server:
 def main(path, port):
     """Serves the set "a" of a store, with a policy that answers at once."""
     with store.Store(path) as opened:
-        page.serve(make_app(opened), host="127.0.0.1", port=port)
+        page.serve(make_app(opened), page.listen("127.0.0.1", port))

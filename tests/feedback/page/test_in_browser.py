@@ -146,7 +146,7 @@ def test_assistive_technology_finds_no_fault_and_nothing_is_too_wide(browser, se
 
 def test_rankings_are_sorted_by_dragging_and_by_buttons(browser, served):
     server, token, paths = served
-    page = signed_in(browser, server, token)
+    page = signed_in(browser, server, token, viewport={"width": 1200, "height": 1400})
     page.goto(server.url + paths[-1])
     cards = page.locator(".completion")
     ranks = lambda: [page.locator(f"select[name=rank-{i}]").input_value() for i in range(5)]  # noqa: E731
@@ -164,9 +164,39 @@ def test_rankings_are_sorted_by_dragging_and_by_buttons(browser, served):
     page.locator("select[name=rank-0]").select_option("1")
     page.locator("body").click(position={"x": 1, "y": 1})
     page.keyboard.press("?")
-    assert page.locator("input[name=answer]:checked").count() == 1
+    assert page.locator("input[name=answer]:checked").count() == 1 and ranks() == [""] * 5
     page.keyboard.press("C")
-    assert page.locator("input[name=answer]:checked").count() == 0 and ranks()[2] == "2"
+    assert page.locator("input[name=answer]:checked").count() == 0 and ranks()[2] == "1"
+    page.keyboard.press("?")
+    page.keyboard.press("Backspace")
+    assert page.locator("input[name=answer]:checked").count() == 0
+
+
+def test_an_answer_cannot_be_changed_on_its_way_and_survives_a_reload(browser, tmp_path):
+    path = tmp_path / "a.sqlite"
+    with store.Store(path) as opened:
+        opened.add(cases.pairs(2), set_name="a")
+        token = opened.add_labeler("Ada")
+    with cases.Server(path, cases.free_port()) as server:
+        page = signed_in(browser, server, token)
+        page.get_by_text("Comment", exact=True).click()
+        page.get_by_label("Comment on your answer").fill("why")
+        page.wait_for_timeout(1500)
+        page.reload()
+        assert page.get_by_label("Comment on your answer").is_visible()
+        page.locator("body").click(position={"x": 1, "y": 1})
+        page.keyboard.press("4")
+        server.kill()
+        page.keyboard.press("Enter")
+        page.get_by_text("The server does not answer").wait_for()
+        page.keyboard.press("5")
+        assert page.locator("input[name=answer]:checked").get_attribute("value") == "4"
+        server.start()
+        page.locator(".progress span", has_text="1 done").wait_for()
+    with store.Store(path, read_only=True) as opened:
+        [found] = opened.latest("a")
+    assert found.judgement.comment == "why" and found.judgement.strength in (4, 5)
+    assert found.judgement.seconds is not None and found.judgement.seconds > 1.5
 
 
 def test_the_page_is_usable_by_tab_alone(browser, served):

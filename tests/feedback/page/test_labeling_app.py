@@ -89,6 +89,7 @@ def test_an_answer_can_be_changed_and_is_shown_as_it_was(opened):
     ada = client(opened)
     label_next(ada, lambda text: {"answer": "7", "comment": "“no” <b>"})
     text = ada.get("/answers", headers=HTML).text
+    assert "B is clearly better" in text
     [link] = re.findall(r'href="(/judge\?item=\w+)"', text)
     again = ada.get(link, headers=HTML).text
     assert re.search(r'value="7" data-key="7" checked', again) and "“no” &lt;b&gt;" in again

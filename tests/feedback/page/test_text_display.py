@@ -87,7 +87,7 @@ def test_a_form_means_one_judgement(kind, n, form, said):
         (judgements.PAIR, 2, {"answer": "1.0"}, "from 1 to 8"),
         (judgements.PAIR, 2, {"answer": "١"}, "from 1 to 8"),
         (judgements.PAIR, 2, {"answer": "1", "comment": "x" * 10_001}, "at most 10000"),
-        (judgements.RANKING, 3, {"rank-0": "1", "rank-1": "2"}, "The rank of answer 3 is missing"),
+        (judgements.RANKING, 3, {"rank-0": "1", "rank-1": "2"}, "The rank of answer C is missing"),
         (judgements.RANKING, 3, {"rank-0": "1", "rank-1": "2", "rank-2": "4"}, "from 1 to 3"),
         (judgements.RANKING, 3, {"answer": "tie"}, "exactly one of ranks, unsure"),
         (judgements.LIKERT, 1, {"answer": "8"}, "from 1 to 7"),

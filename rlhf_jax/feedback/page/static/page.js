@@ -3,7 +3,7 @@
 // Sends the forms of the labelling page, also if the server does not answer for a while, and handles the keyboard and
 // dragging. Without this script, the forms still work.
 
-let form, status, started, hidden, hiddenSince;
+let form, status, started, hidden, hiddenSince, before;
 
 // Prepares a page, which is the first one or has replaced another.
 function setUp() {
@@ -18,6 +18,7 @@ function setUp() {
     event.preventDefault();
     send();
   });
+  before = Number(sessionStorage.getItem(`${form.dataset.draft} seconds`));
   if (form.dataset.draft) restoreDraft();
   if (form.classList.contains("ranking")) setUpDragging();
 }
@@ -30,6 +31,15 @@ document.addEventListener("visibilitychange", () => {
   }
 });
 
+// Seconds for which the page has been visible; those before a reload are kept.
+function elapsed() {
+  return (Date.now() - started - hidden - (hiddenSince === null ? 0 : Date.now() - hiddenSince)) / 1000;
+}
+
+window.addEventListener("pagehide", () => {
+  if (form && form.dataset.draft) sessionStorage.setItem(`${form.dataset.draft} seconds`, before + elapsed());
+});
+
 // ---------------------------------------------------------------------------------------------------------- sending
 
 // Sends the form until the server answers with the next page, which then replaces this one. The page is not left before,
@@ -37,22 +47,23 @@ document.addEventListener("visibilitychange", () => {
 async function send() {
   const button = form.querySelector("button[type=submit]");
   if (button.disabled || !isComplete()) return;
-  if (form.elements.seconds) form.elements.seconds.value = (Date.now() - started - hidden) / 1000;
+  if (form.elements.seconds) form.elements.seconds.value = before + elapsed();
   const body = new URLSearchParams(new FormData(form));
-  button.disabled = true;
+  lock(true);
   status.textContent = form.id === "message-form" ? "The assistant is writing …" : "Saving …";
   for (let wait = 250; ; wait = Math.min(2 * wait, 4000)) {
     try {
       const response = await fetch(form.getAttribute("action"), { method: "POST", body });
       const text = await response.text();
       if (response.redirected && response.ok) {
-        if (form.dataset.draft) sessionStorage.removeItem(form.dataset.draft);
+        sessionStorage.removeItem(form.dataset.draft);
+        sessionStorage.removeItem(`${form.dataset.draft} seconds`);
+        form.dataset.draft = "";
         return show(text, response.url);
       }
       if (response.status < 500 && response.status !== 429) {
         status.textContent = text;
-        button.disabled = false;
-        return;
+        return lock(false);
       }
     } catch {
       // The server cannot be reached.
@@ -60,6 +71,11 @@ async function send() {
     status.textContent = "The server does not answer. What you sent is kept and sent again; leave this page open.";
     await pause(wait);
   }
+}
+
+// While a form is on its way, nothing in it can be changed.
+function lock(locked) {
+  for (const field of form.elements) field.disabled = locked;
 }
 
 function show(text, url) {
@@ -95,7 +111,20 @@ function restoreDraft() {
       else field.value = value;
     }
   }
+  if (form.elements.comment.value) form.querySelector("details").open = true;
   form.addEventListener("input", save);
+  form.addEventListener("change", clearRanks);
+}
+
+// "I cannot tell" and ranks exclude each other.
+function clearRanks(event) {
+  if (event.target.name === "answer") ranks().forEach((select) => (select.value = ""));
+  else if (event.target.matches("select")) unchoose();
+}
+
+function unchoose() {
+  const chosen = form.querySelector("input[name=answer]:checked");
+  if (chosen) chosen.checked = false;
 }
 
 function save() {
@@ -113,7 +142,7 @@ document.addEventListener("keydown", (event) => {
   if (writes || event.ctrlKey || event.metaKey || event.altKey) return;
   const key = event.key.toLowerCase();
   if (key === "z" && document.querySelector("a.back")) return document.querySelector("a.back").click();
-  if (!form || form.id !== "answer-form") return;
+  if (!form || form.id !== "answer-form" || form.querySelector("button[type=submit]").disabled) return;
   if (event.key === "Enter" && !event.target.closest("a, button, summary, select")) {
     event.preventDefault();
     return send();
@@ -122,7 +151,10 @@ document.addEventListener("keydown", (event) => {
   if (form.classList.contains("ranking")) {
     const place = "abcdefghi".indexOf(key);
     const selects = ranks();
-    if (key === "backspace") selects.forEach((select) => setRank(select, ""));
+    if (key === "backspace") {
+      unchoose();
+      selects.forEach((select) => setRank(select, ""));
+    }
     else if (key === "?") choose("u");
     else if (key.length === 1 && place >= 0 && place < selects.length && !selects[place].value) {
       setRank(selects[place], 1 + Math.max(0, ...selects.map((select) => Number(select.value))));
@@ -137,6 +169,7 @@ function choose(key) {
   if (!field) return;
   field.checked = true;
   field.focus({ preventScroll: true });
+  field.dispatchEvent(new Event("change", { bubbles: true }));
   field.dispatchEvent(new Event("input", { bubbles: true }));
 }
 
@@ -149,8 +182,8 @@ function ranks() {
 
 function setRank(select, rank) {
   select.value = String(rank);
-  const chosen = form.querySelector("input[name=answer]:checked");
-  if (chosen && select.value) chosen.checked = false;
+  if (select.value) unchoose();
+  status.textContent = "";
   select.dispatchEvent(new Event("input", { bubbles: true }));
 }
 
