@@ -26,6 +26,7 @@ import secrets
 import sqlite3
 import threading
 import time
+import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -37,6 +38,9 @@ from rlhf_jax.feedback.store_schema import StoreError
 ROLES = ("labeler", "owner")
 DUPLICATE_GAP = 10
 """A hidden duplicate follows at least this many other judgements of a labeler, unless nothing else is left."""
+
+_JOINERS = "\u200c\u200d"
+"""Characters that are not shown but determine the form of their neighbours, as in Persian and Hindi."""
 
 
 class Labeler(NamedTuple):
@@ -174,9 +178,11 @@ class Store:
         added again, so that a script can be repeated.
 
         Raises:
-            ValueError: An item cannot be judged, or repeats an unknown item.
+            ValueError: An item cannot be judged, or repeats an unknown item, or the name of the set is empty, has white
+                space at an end, or has a line break or another character that is not shown.
         """
         items = list(items)
+        check_name("name of the set", set_name)
         for item in items:
             item.check()
         with self.transaction(write=True) as db:
@@ -224,18 +230,37 @@ class Store:
             role: "labeler" or "owner".
 
         Raises:
-            StoreError: The name is taken or empty, or the role is unknown.
+            StoreError: The name is taken, or is invalid as that of a set is (see `add`), or the role is unknown.
         """
-        if not name.strip() or role not in ROLES:
-            raise StoreError(f"invalid name {name!r} or role {role!r}; the roles are {' and '.join(ROLES)}")
+        check_name("name of the labeler", name)
+        if role not in ROLES:
+            raise StoreError(f"the role {role!r} is unknown; the roles are {' and '.join(ROLES)}")
         token, salt = secrets.token_urlsafe(32), secrets.token_bytes(16)
         with self.transaction(write=True) as db:
             if db.execute("SELECT 1 FROM labelers WHERE name = ?", (name,)).fetchone():
-                raise StoreError(f"{self.path} has a labeler {name!r} already")
+                raise StoreError(
+                    f"{self.path} has a labeler {name!r} already; the command assign --renew renews a token"
+                )
             db.execute(
                 "INSERT INTO labelers (name, role, salt, token_hash) VALUES (?, ?, ?, ?)",
                 (name, role, salt, _token_hash(token, salt)),
             )
+        return token
+
+    def renew(self, name: str) -> str:
+        """Returns a new token of a person, also of one who was revoked, and keeps their judgements and role.
+
+        The old token becomes invalid, and the sessions of the person on the labelling page end. Raises StoreError if
+        the person is unknown.
+        """
+        token, salt = secrets.token_urlsafe(32), secrets.token_bytes(16)
+        with self.transaction(write=True) as db:
+            number = self._labeler(db, name)["number"]
+            db.execute(
+                "UPDATE labelers SET salt = ?, token_hash = ?, revoked = 0 WHERE number = ?",
+                (salt, _token_hash(token, salt), number),
+            )
+            db.execute("DELETE FROM sessions WHERE labeler = ?", (number,))
         return token
 
     def labelers(self) -> list[Labeler]:
@@ -254,7 +279,7 @@ class Store:
         return None if found is None else Labeler(found["name"], found["role"], False)
 
     def revoke(self, name: str) -> None:
-        """Makes the token of a person invalid for good; their judgements stay."""
+        """Makes the token of a person invalid; their judgements stay, and `renew` makes a new token."""
         with self.transaction(write=True) as db:
             db.execute("UPDATE labelers SET revoked = 1 WHERE number = ?", (self._labeler(db, name)["number"],))
 
@@ -447,3 +472,16 @@ class Store:
 
 def _token_hash(token: str, salt: bytes) -> bytes:
     return hashlib.blake2b(token.encode(), key=salt).digest()
+
+
+def check_name(kind: str, name: str) -> None:
+    """Raises StoreError, which says of what ``kind`` a name is, if it is empty or may look like another one."""
+    reason = None
+    if not name.strip():
+        reason = "is empty"
+    elif name != name.strip():
+        reason = "begins or ends with white space"
+    elif any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c not in _JOINERS for c in name):
+        reason = "has a line break or another character that is not shown"
+    if reason is not None:
+        raise StoreError(f"the {kind} {name!r} {reason}; choose another name")

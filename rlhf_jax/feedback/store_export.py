@@ -81,7 +81,8 @@ def export_judgements(opened: store.Store, path: str | os.PathLike[str], *, set_
 
     A line has the number, labeler, item, set, kind and time of a judgement, the fields of `judgements.Judgement`, and
     ``latest``, whether no later judgement of the labeler about the item replaces it. ``duplicate_of`` and ``gold`` say
-    whether the item only measures labelers.
+    whether the item only measures labelers. ``prompt`` has the messages of the item, and ``completions`` the ``text``
+    and the ``policy`` of each completion, with the other keys of its message. The judgements cannot be imported again.
 
     Raises:
         StoreError: There is no judgement.
@@ -100,7 +101,9 @@ def export_judgements(opened: store.Store, path: str | os.PathLike[str], *, set_
         about = {"number": each.number, "labeler": each.labeler, "item": each.item, "set": name, "kind": item.kind}
         about |= {"duplicate_of": item.duplicate_of, "gold": item.expected is not None}
         about |= {"time": each.time, "latest": each.number in latest}
-        lines.append(about | dataclasses.asdict(each.judgement))
+        answers = [{**one.extra, "text": one.text, "policy": one.policy} for one in item.completions]
+        shown = {"prompt": list(item.prompt.messages), "completions": answers}
+        lines.append(about | dataclasses.asdict(each.judgement) | shown)
     if not lines:
         raise store.StoreError(f"{opened.path} has no judgement to export")
     _replace(path, lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich import markup
 
+from rlhf_jax.data import errors
 from rlhf_jax.diagnostics import intervals
 from rlhf_jax.feedback.labelers import labeler_report
 from rlhf_jax.feedback.labelers.labeler_agreement import Rate
@@ -21,6 +23,9 @@ MAX_SECONDS = 120.0
 
 Cell = tuple[str, str]
 """A number and its interval, formatted."""
+
+ROUGH_MARK = results_lib.ROUGH_MARK
+ROUGH_NOTE = f"{ROUGH_MARK} fewer than {results_lib.FEW_CLUSTERS} comparisons or ratings: the interval is rough."
 
 
 class Table(NamedTuple):
@@ -75,7 +80,7 @@ def tables(report: labeler_report.Report) -> list[Table]:
                     row.name,
                     [
                         (str(row.judgements), ""),
-                        *(_cell(rate(row).share, percent=True) for rate in _LABELERS.values()),
+                        *(_rate(rate(row)) for rate in _LABELERS.values()),
                         _cell(row.times.median),
                         (str(row.times.fast), ""),
                         (", ".join(row.flags), ""),
@@ -92,8 +97,8 @@ def tables(report: labeler_report.Report) -> list[Table]:
                 (
                     row.name,
                     [
-                        *(_cell(rate(row).share, percent=True) for rate in _SCREENING.values()),
-                        _cell(row.screening.demonstrations.share, digits=2),
+                        *(_rate(rate(row)) for rate in _SCREENING.values()),
+                        _rate(row.screening.demonstrations, digits=2),
                         (row.screening.verdict, ""),
                     ],
                 )
@@ -109,7 +114,12 @@ def tables(report: labeler_report.Report) -> list[Table]:
     note = f"Scores are relative to {next(iter(report.elo), '')}."
     elo = [(name, [_cell(each if any(each) else 0.0, digits=0)]) for name, each in report.elo.items()]
     shown.append(Table("Policies", ["policy", "Elo"], elo, note))
-    return [each for each in shown if each.rows]
+    return [_with_rough_note(each) for each in shown if each.rows]
+
+
+def _with_rough_note(table: Table) -> Table:
+    marked = any(bounds.endswith(ROUGH_MARK) for _, cells in table.rows for _, bounds in cells)
+    return table._replace(note=f"{table.note} {ROUGH_NOTE}".strip()) if marked else table
 
 
 def _disagreement(report: labeler_report.Report) -> dict[str, dict[str, Rate]]:
@@ -123,9 +133,13 @@ def _disagreement(report: labeler_report.Report) -> dict[str, dict[str, Rate]]:
 
 
 def _rate_rows(rates: Mapping[str, Rate]) -> list[tuple[str, list[Cell]]]:
-    return [
-        (name, [_cell(each.share, percent=True), (str(each.count), "")]) for name, each in rates.items() if each.count
-    ]
+    return [(name, [_rate(each), (str(each.count), "")]) for name, each in rates.items() if each.count]
+
+
+def _rate(rate: Rate, **options: Any) -> Cell:
+    """Formats a rate, with a mark if its interval is rough."""
+    mean, bounds = _cell(rate.share, **(options or {"percent": True}))
+    return mean, bounds + ROUGH_MARK * (bool(bounds) and rate.count < results_lib.FEW_CLUSTERS)
 
 
 def _cell(value: Any, **options: Any) -> Cell:
@@ -153,6 +167,9 @@ def headline(report: labeler_report.Report) -> str:
         text += f" Two labelers agree on {mean} % of pairs{f' ({bounds})' if bounds else ''}."
     asked = [f"{row.name} ({', '.join(row.flags)})" for row in report.labelers if row.flags]
     text += f" Check {', '.join(asked)}." if asked else ""
+    if 0 < report.prompts < results_lib.FEW_CLUSTERS:
+        prompts = errors.counted(report.prompts, "independent prompts")
+        text += f" The intervals are rough: they rest on only {prompts} (below {results_lib.FEW_CLUSTERS})."
     return text + (f" The policies have no Elo scores: {report.elo_error}." if report.elo_error else "")
 
 
@@ -164,6 +181,10 @@ def write_page(path: str | os.PathLike[str], report: labeler_report.Report, *, t
 def sections(report: labeler_report.Report) -> list[page.Section]:
     """Returns the sections of the page: each table with its plots."""
     rows = report.labelers
+    # The reference has the score 0, and no interval.
+    elo = {
+        name: each if any(each) else intervals.Estimate(0.0, -math.inf, math.inf) for name, each in report.elo.items()
+    }
     figures = {
         "Labelers": [
             (
@@ -183,7 +204,7 @@ def sections(report: labeler_report.Report) -> list[page.Section]:
             ),
             (_times(report), "Time per judgement", f"The dashed line is at {report.min_seconds:g} s."),
         ],
-        "Policies": [(_dots(report.elo, "Elo", scale=1), "Elo scores", "Scores of the Bradley-Terry model.")],
+        "Policies": [(_dots(elo, "Elo", scale=1), "Elo scores", "Scores of the Bradley-Terry model.")],
     }
     for kind, rates in _disagreement(report).items():
         svg = _dots({name: each.share for name, each in rates.items()}, "Disagreement (%)")
@@ -213,7 +234,7 @@ def _dots(
         if at is not None:
             ax.axvline(at, color=plots.color("soft"), linewidth=0.9, linestyle=(0, (4, 3)))
         for row, (_, value) in enumerate(rows):
-            plots.point(ax, value, row, "other", scale=scale)
+            plots.point(ax, value, row, "other", scale=scale, digits=0)
         if scale == 100:
             ax.set_xlim(-1.5, 101.5)
         plots.label_rows(ax, [name if len(name) <= 24 else name[:23] + "…" for name, _ in rows])

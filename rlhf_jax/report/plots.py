@@ -347,7 +347,14 @@ def running_mean(y: np.ndarray, *, width: int) -> np.ndarray:
 
 
 def point(
-    ax: Axes, value: results_lib.Interval, y: float, policy: str, *, scale: float = 1.0, filled: bool = True
+    ax: Axes,
+    value: results_lib.Interval,
+    y: float,
+    policy: str,
+    *,
+    scale: float = 1.0,
+    digits: int = 3,
+    filled: bool = True,
 ) -> None:
     """Draws a value with its interval and writes both as text at the right edge.
 
@@ -357,6 +364,7 @@ def point(
         y: Vertical position.
         policy: Policy or model that determines colour and marker.
         scale: Factor by which the value is multiplied; 100 for percentages.
+        digits: Number of digits of the texts after the decimal point, except of percentages.
         filled: Whether the marker is filled.
     """
     c, mean = color(policy), scale * value.mean
@@ -369,7 +377,7 @@ def point(
         ax.annotate("", edge, (mean, y), xycoords=ax.get_yaxis_transform(), textcoords="data", arrowprops=arrow)
     face = c if filled else color("paper")
     ax.plot([mean], [y], MARKERS.get(policy, "o"), color=c, markerfacecolor=face, markersize=5, mew=1.1)
-    text, bounds = results_lib.format_parts(value, percent=scale == 100, digits=3)
+    text, bounds = results_lib.format_parts(value, percent=scale == 100, digits=digits)
     text += f" ({bounds})" if bounds else ""
     ax.text(1.02, y, text, transform=ax.get_yaxis_transform(), va="center", fontsize=7.5, color=color("soft"))
 

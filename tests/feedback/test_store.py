@@ -41,6 +41,8 @@ TEXTS = (
     "👩‍👩‍👧 e\u0301 é \ufeff\U0010ffff",
     "line\r\nline\n\n\nHuman: no\n ",
 )
+NAME = "👩\u200d👧 O'Neil \"; -- e\u0301 \u05d0 \U00020000"
+"""A valid name of a labeler or set."""
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -61,13 +63,13 @@ def test_every_field_is_read_as_it_was_written(tmp_path, text):
     )
     said = Judgement(strength=3, comment=text, seconds=2.5)
     with store.Store(tmp_path / "a b?#%.sqlite") as opened:
-        opened.add_labeler(text)
-        [key] = opened.add([written], set_name=text)
-        opened.record(text, key, said, key=text, now=7.0)
+        opened.add_labeler(NAME)
+        [key] = opened.add([written], set_name=NAME)
+        opened.record(NAME, key, said, key=text, now=7.0)
     with store.Store(tmp_path / "a b?#%.sqlite", read_only=True) as opened:
-        assert opened.items(text) == {key: written} and opened.item(key) == written and opened.sets() == [text]
-        assert opened.latest(text) == [store.Recorded(1, text, key, said, 7.0)]
-        assert opened.labelers() == [(text, "labeler", False)]
+        assert opened.items(NAME) == {key: written} and opened.item(key) == written and opened.sets() == [NAME]
+        assert opened.latest(NAME) == [store.Recorded(1, NAME, key, said, 7.0)]
+        assert opened.labelers() == [(NAME, "labeler", False)]
         with pytest.raises(store.StoreError, match="readonly"):
             opened.add([written], set_name="other")
 
@@ -286,11 +288,51 @@ def test_tokens_are_recognised_until_they_are_revoked(opened, tmp_path):
     assert b"Di" in content and not any(token.encode() in content for token in tokens.values())
 
 
+def test_a_new_token_replaces_the_old_one_and_keeps_the_judgements(opened):
+    [key] = opened.add([item()], set_name="a")
+    old = opened.add_labeler("Olga", role="owner")
+    opened.record("Olga", key, Judgement(tie=True), key="1")
+    with opened.transaction(write=True) as db:
+        db.executemany(
+            "INSERT INTO sessions SELECT name, number, 9e9 FROM labelers WHERE name = ?", [("Olga",), ("Ada",)]
+        )
+    opened.revoke("Olga")
+    new = opened.renew("Olga")
+    assert opened.authenticate(old) is None and opened.authenticate(new) == ("Olga", "owner", False)
+    with opened.transaction() as db:
+        assert [row["hash"] for row in db.execute("SELECT hash FROM sessions")] == ["Ada"]
+    assert [each.labeler for each in opened.latest()] == ["Olga"]
+    opened.record("Olga", key, Judgement(strength=1), key="2")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "is empty"),
+        ("\u3000\n", "is empty"),
+        (" Di", "begins or ends with white space"),
+        ("Di\n", "begins or ends with white space"),
+        ("D\ni", "has a line break"),
+        ("D\u2028i", "has a line break"),
+        ("D\x1bi", "another character that is not shown"),
+        ("D\u202ei", "another character that is not shown"),
+        ("D\ud800i", "another character that is not shown"),
+    ],
+)
+def test_names_that_are_shown_as_others_are_refused(opened, name, message):
+    with pytest.raises(store.StoreError, match=f"the name of the labeler .* {message}"):
+        opened.add_labeler(name)
+    with pytest.raises(store.StoreError, match=f"the name of the set .* {message}"):
+        opened.add([item()], set_name=name)
+    assert len(opened.labelers()) == 3 and not opened.sets()
+
+
 def test_wrong_labelers_and_items_are_named(opened):
     [key] = opened.add([item()], set_name="a")
     for message, call in {
         "has a labeler 'Ada' already": lambda: opened.add_labeler("Ada"),
-        "invalid name ' '": lambda: opened.add_labeler(" "),
+        "the name of the labeler ' ' is empty": lambda: opened.add_labeler(" "),
+        "the labeler 'Ed' is unknown": lambda: opened.renew("Ed"),
         "the roles are labeler and owner": lambda: opened.add_labeler("Di", role="boss"),
         "the labeler 'Di' is unknown": lambda: opened.record("Di", key, Judgement(tie=True), key="1"),
         "has no item 'x'": lambda: opened.record("Ada", "x", Judgement(tie=True), key="1"),

@@ -153,7 +153,10 @@ def _add_judgements(
             if latest.get((id, name)) == answer:
                 continue
             if name not in names:
-                opened.add_labeler(name)
+                try:
+                    opened.add_labeler(name)
+                except store.StoreError as error:
+                    raise errors.DataError(f"{record.location}: {error}") from None
                 names.add(name)
             opened.record(name, id, said.judgement, key=_key(id, said.judgement), now=said.time)
             latest[id, name] = answer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -68,7 +68,8 @@ def read(
     """Reads files for a store, each in the form that its first record has.
 
     The forms are those of `readers.read_rankings`, of `label_studio`, of `argilla` and of `completion_sets`, whose
-    records from all files are grouped by prompt and come last.
+    records from all files are grouped by prompt and come last. A file can have both pairs or rankings and completions
+    without labels, which are then counted.
 
     Args:
         paths: A path or a list of paths; see `sources`.
@@ -88,18 +89,27 @@ def read(
     counts = errors.DropCount() if counts is None else counts
     labelled: list[annotated.Annotated] = []
     completions: list[annotated.Annotated] = []
-    used = set()
+    used = False
     for path in sources.expand_paths(paths):
         parse = _parser(path)
-        used.add(parse)
         if parse is argilla.parse:
-            found, _ = readers.read(path, partial(parse, question=question), counts=counts, fields="fields")
-        else:
-            found, _ = readers.read(path, parse, counts=counts, fields="chosen and rejected, or prompt and responses")
-        (completions if parse is completion_sets.parse else labelled).extend(found)
-    if question is not None and argilla.parse not in used:
+            used, parse = True, partial(argilla.parse, question=question)
+        plain = parse in (parse_ranking, completion_sets.parse)
+        found, _ = readers.read(
+            path,
+            partial(_parse_plain, default=parse) if plain else parse,
+            counts=counts,
+            fields="chosen and rejected, or prompt and responses",
+        )
+        unlabelled = [each for each in found if plain and not each.said]
+        if 0 < len(unlabelled) < len(found):
+            for _ in unlabelled:
+                counts.note("record without a label in a file with labels")
+        labelled += [each for each in found if not plain or each.said]
+        completions += unlabelled
+    if question is not None and not used:
         raise errors.DataError(f"the question {question!r} has no effect: no file has records of Argilla")
-    if completion_sets.parse not in used and (form is not None or pairs_per_prompt is not None):
+    if not completions and (form is not None or pairs_per_prompt is not None):
         raise errors.DataError("a form of items and pairs per prompt have no effect: no file has completions alone")
     if pairs_per_prompt is not None and form not in (None, "pairs"):
         raise errors.DataError(f"pairs per prompt have no effect on items of the form {form!r}")
@@ -107,6 +117,18 @@ def read(
         completions, form=form or "pairs", pairs_per_prompt=pairs_per_prompt, seed=seed, counts=counts
     )
     return labelled + items, counts
+
+
+def _parse_plain(
+    fields: Mapping[str, Any], *, location: str = "", default: Callable[..., annotated.Annotated]
+) -> annotated.Annotated:
+    """Parses a record with or without labels, and with ``default`` if it has neither labels nor completions."""
+    present = {name: value for name, value in fields.items() if value is not None}
+    if completion_sets.recognises(present):
+        default = completion_sets.parse
+    elif completion_sets.has_labels(present):
+        default = parse_ranking
+    return default(fields, location=location)
 
 
 def _parser(path: sources.Path) -> Callable[..., annotated.Annotated]:

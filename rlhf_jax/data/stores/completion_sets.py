@@ -18,11 +18,12 @@ from rlhf_jax.data import conversations, dialogues, errors, records
 from rlhf_jax.data.stores import annotated
 from rlhf_jax.feedback import judgements
 
-Form = Literal["pairs", "ranking", "ratings"]
+Form = Literal["pairs", "ranking", "ratings", "by-count"]
 
 _LISTS = ("responses", "completions")
 _ANSWERS = ("response", "completion", "output", "answer")
 _TEXTS = ("text", "response", "completion")
+_LABELS = ("chosen", "rejected", "ranks", "scores")
 _POLICIES = ("policy", "model")
 _OF_SAMPLES = {"tokens", "stopped", "logprob", "index", "sample", "refused"}
 """Fields of the samples of experiments/sample.py, which belong to the completion."""
@@ -30,10 +31,14 @@ _OF_SAMPLES = {"tokens", "stopped", "logprob", "index", "sample", "refused"}
 
 def recognises(fields: Mapping[str, Any]) -> bool:
     """Returns whether a record has completions without labels."""
-    labels = {"chosen", "rejected", "ranks", "scores"} & fields.keys()
     prompts = {*conversations.PROMPTS, *conversations.CONVERSATIONS} & fields.keys()
     answers = {*_LISTS, *_ANSWERS, *conversations.CONVERSATIONS} & fields.keys()
-    return bool(prompts and answers) and not labels
+    return bool(prompts and answers) and not has_labels(fields)
+
+
+def has_labels(fields: Mapping[str, Any]) -> bool:
+    """Returns whether a record says which of its completions is better."""
+    return not fields.keys().isdisjoint(_LABELS)
 
 
 def parse(fields: Mapping[str, Any], *, location: str = "") -> annotated.Annotated:
@@ -79,7 +84,8 @@ def group(
 
     Args:
         found: Records, as `parse` returns them.
-        form: "pairs", "ranking" (which is a pair if there are two completions) or "ratings".
+        form: "pairs", "ranking" (which is a pair if there are two completions), "ratings", or "by-count": a rating of
+            one completion, a pair of two, and a ranking of more.
         pairs_per_prompt: Number of pairs that are drawn for each prompt; None for all of them.
         seed: Seed of the draws, which do not depend on other prompts.
         counts: Counts what is skipped, by reason.
@@ -95,7 +101,7 @@ def group(
         completions = _different([each for record in group for each in record.completions], counts)
         shared = dict(set.intersection(*({*record.metadata.items()} for record in group)))
         metadata = {name: value for name, value in group[0].metadata.items() if name in shared}
-        if form != "ratings" and len(completions) < 2:
+        if form in ("pairs", "ranking") and len(completions) < 2:
             counts.note("prompt with fewer than two completions skipped")
             continue
         for chosen in _chosen(completions, form, pairs_per_prompt, f"{seed} {key}"):
@@ -131,7 +137,7 @@ def _chosen(
 ) -> list[Sequence[judgements.Completion]]:
     if form == "ratings":
         return [[each] for each in completions]
-    if form == "ranking":
+    if form in ("ranking", "by-count"):
         return [completions]
     pairs = list(itertools.combinations(range(len(completions)), 2))
     drawn = sorted(pairs, key=lambda pair: hashlib.sha256(f"{seed} {pair}".encode()).digest())[:pairs_per_prompt]

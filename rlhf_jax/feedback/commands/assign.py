@@ -16,29 +16,36 @@ from tyro.conf import Positional, arg
 from rlhf_jax.data import errors
 from rlhf_jax.feedback import labeling_progress
 from rlhf_jax.feedback import store as store_lib
+from rlhf_jax.feedback.commands import given_files
 from rlhf_jax.report import console
+
+_Names = Annotated[tuple[str, ...], arg(metavar="NAME [NAME ...]", help_behavior_hint="(default: nobody)")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Assign:
-    """Adds people who judge, revokes their tokens, adds hidden duplicates, or shows the work of everybody.
+    """Adds people who judge, renews or revokes their tokens, adds hidden duplicates, or shows the work of everybody.
 
     A token is shown once, because the store has only its hash; a person signs in to the labelling page with it. The
     page assigns items to people while they judge.
     """
 
-    store: Positional[str]
-    """File of the store, which is created if people are added."""
-    labelers: Annotated[tuple[str, ...], arg(metavar="NAME [NAME ...]")] = ()
+    store: Annotated[Positional[str], arg(metavar="STORE")]
+    """File of the store, which is created if --labelers adds people."""
+    labelers: _Names = ()
     """People to add, who receive one token each."""
     role: Literal["labeler", "owner"] = "labeler"
     """Role of the people to add."""
     tokens_file: str | None = None
     """New file for the tokens, which only you can read, instead of printing them: a JSON object on each line."""
-    revoke: Annotated[tuple[str, ...], arg(metavar="NAME [NAME ...]")] = ()
-    """People whose tokens become invalid for good; their judgements stay."""
+    renew: _Names = ()
+    """People who receive a new token, also if theirs was revoked. The old one becomes invalid and they are signed out;
+    their judgements stay."""
+    revoke: _Names = ()
+    """People whose tokens become invalid; their judgements stay."""
     duplicates: float | None = None
-    """Share of the items of --set that each labeler judges twice, to measure how often people agree with themselves."""
+    """Share of the items of --set, from 0 to 1, that each labeler judges twice, to measure how often people agree with
+    themselves."""
     set: str | None = None
     """Set that receives duplicates, or that is shown. None shows all sets."""
     seed: int = 0
@@ -46,24 +53,30 @@ class Assign:
     list: bool = False
     """Whether to show the people, their numbers of judgements and open assignments, and what is left to judge."""
     judgements: int = 1
-    """Number of judgements with which --list counts an item as judged."""
+    """Number of judgements, at least 1, with which --list counts an item as judged."""
 
 
 def run(settings: Assign) -> None:
     """Runs what the settings ask for, in the order of the settings."""
     _check(settings)
     out = Console(soft_wrap=True, highlight=False)
-    changes = bool(settings.labelers or settings.revoke or settings.duplicates is not None)
+    changes = bool(settings.labelers or settings.renew or settings.revoke or settings.duplicates is not None)
+    new = given_files.is_new(settings.store)
+    if new and not settings.labelers:
+        raise store_lib.StoreError(f"{settings.store} does not exist; import items or add people to create it")
     with store_lib.Store(settings.store, read_only=not changes) as opened:
         if settings.set is not None:
             opened.require_set(settings.set)
         with opened.transaction(write=changes):
             tokens = {name: opened.add_labeler(name, role=settings.role) for name in settings.labelers}
+            tokens |= {name: opened.renew(name) for name in settings.renew}
             for name in settings.revoke:
                 opened.revoke(name)
             added = _add_duplicates(opened, settings)
             if settings.tokens_file is not None:  # before the transaction ends, so that no token is lost
                 _write(settings.tokens_file, tokens)
+        if new:
+            out.print(escape(f"new store: {settings.store}"))
         _print_tokens(out, settings, tokens)
         if settings.revoke:
             out.print(escape(f"revoked: {', '.join(settings.revoke)}"))
@@ -78,10 +91,15 @@ def run(settings: Assign) -> None:
 def _check(settings: Assign) -> None:
     """Raises StoreError for settings that ask for nothing or have no effect."""
     reason = None
-    if not (settings.labelers or settings.revoke or settings.duplicates is not None or settings.list):
-        reason = "nothing to do; set --labelers, --revoke, --duplicates or --list"
-    elif settings.tokens_file is not None and not settings.labelers:
-        reason = "--tokens-file has no effect without --labelers; leave it out"
+    people = settings.labelers or settings.renew
+    if not (people or settings.revoke or settings.duplicates is not None or settings.list):
+        reason = "nothing to do; set --labelers, --renew, --revoke, --duplicates or --list"
+    elif settings.tokens_file is not None and not people:
+        reason = "--tokens-file has no effect without --labelers or --renew; leave it out"
+    elif settings.tokens_file is not None and os.path.lexists(settings.tokens_file):
+        reason = f"{settings.tokens_file} exists, and tokens are written to a new file only; choose another file"
+    elif both := {*settings.labelers, *settings.revoke} & {*settings.renew}:
+        reason = f"{min(both)!r} is named by --renew and also by --labelers or --revoke; leave one out"
     elif settings.role != Assign.role and not settings.labelers:
         reason = "--role has no effect without --labelers; leave it out"
     elif settings.duplicates is not None and settings.set is None:
@@ -109,7 +127,10 @@ def _add_duplicates(opened: store_lib.Store, settings: Assign) -> int | None:
 def _write(path: str, tokens: Mapping[str, str]) -> None:
     """Writes the tokens to a new file that only its owner can read."""
     lines = "".join(json.dumps({"labeler": name, "token": token}) + "\n" for name, token in tokens.items())
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+    with (
+        given_files.writing(path),
+        open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file,
+    ):
         file.write(lines)
 
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections import Counter
 from collections.abc import Callable
-from typing import Literal
+from typing import Annotated, Literal
 
 from rich.console import Console
 from rich.markup import escape
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from rlhf_jax.data.stores import argilla, hh_export, label_studio
 from rlhf_jax.feedback import store as store_lib
 from rlhf_jax.feedback import store_export
+from rlhf_jax.feedback.commands import given_files
 
 _EXPORTS: dict[str, Callable[..., Counter[str] | None]] = {
     "jsonl": store_export.export,
@@ -31,27 +31,29 @@ class Export:
     """Writes the items or judgements of a store to a file.
 
     jsonl, hh and preference have one line for each comparison, decided by the mean of the votes; hh and preference have
-    a line for each pair of a ranking. label-studio and argilla have all items, judged or not, with the vote of each
-    labeler. judgements has every judgement, with its labeler, time, strength, flags and comment, for analysis.
+    a line for each pair of a ranking. label-studio and argilla have all items except gold questions and hidden
+    duplicates, judged or not, with the vote of each labeler. judgements has every judgement, with its labeler, time,
+    strength, flags and comment and the texts of its item, for analysis.
     """
 
-    store: Positional[str]
+    store: Annotated[Positional[str], arg(metavar="STORE")]
     """File of the store."""
-    file: Positional[str]
+    file: Annotated[Positional[str], arg(metavar="FILE")]
     """File to write."""
     form: Literal["jsonl", "hh", "preference", "label-studio", "argilla", "judgements"]
     """Form of the file; see docs/labeling.md."""
     set: str | None = None
     """Set to write. None writes all sets."""
     overwrite: bool = False
-    """Whether a file that exists is replaced."""
+    """Whether a file that exists is replaced. An SQLite database, such as a store, never is."""
 
 
 def run(settings: Export) -> None:
     """Writes the file, and prints the number of items that are skipped, by reason."""
-    if os.path.lexists(settings.file) and not settings.overwrite:
-        raise store_lib.StoreError(f"{settings.file} exists; choose another file, or replace it with --overwrite")
-    with store_lib.Store(settings.store, read_only=True) as opened:
+    with (
+        given_files.output(settings.file, store=settings.store, overwrite=settings.overwrite),
+        store_lib.Store(settings.store, read_only=True) as opened,
+    ):
         if settings.set is not None:
             opened.require_set(settings.set)
         skipped = _EXPORTS[settings.form](opened, settings.file, set_name=settings.set)

@@ -12,6 +12,7 @@ from tyro.conf import Positional, arg
 from rlhf_jax.data import errors
 from rlhf_jax.data.stores import annotated, comparison_import, completion_sets
 from rlhf_jax.feedback import store as store_lib
+from rlhf_jax.feedback.commands import given_files
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,16 +24,17 @@ class Import:
     store; they need no token unless they sign in to the page.
     """
 
-    store: Positional[str]
-    """File of the store."""
-    files: Annotated[Positional[tuple[str, ...]], arg(metavar="FILE [FILE ...]")]
+    store: Annotated[Positional[str], arg(metavar="STORE")]
+    """File of the store, in a folder that exists."""
+    files: Annotated[Positional[tuple[str, ...]], arg(metavar="FILE [FILE ...]", help_behavior_hint="(required)")]
     """Files to read; * in a name matches several files."""
     set: str
     """Set to which the items are added."""
     as_: Annotated[completion_sets.Form | None, arg(name="as")] = None
-    """What is made of completions without labels, by prompt. None makes pairs."""
+    """What is made of completions without labels, by prompt. by-count makes a rating of one completion, a pair of two
+    and a ranking of three to nine. None makes pairs."""
     pairs_per_prompt: int | None = None
-    """Number of pairs for each prompt, which are drawn at random. None makes all pairs."""
+    """Number of pairs for each prompt, at least 1, which are drawn at random. None makes all pairs."""
     seed: int = 0
     """Seed of the draws."""
     gold: bool = False
@@ -48,17 +50,18 @@ class Import:
     question: str | None = None
     """Question of Argilla whose responses are judgements, if several compare or rate the answers."""
     max_dropped: float = 0.01
-    """Maximum share of unusable records in a file, such as those with an empty answer."""
+    """Maximum share, from 0 to 1, of unusable records in a file, such as those with an empty answer."""
 
 
 def run(settings: Import) -> None:
     """Reads all files, then adds what they contain, and prints the numbers of items and judgements."""
     if settings.pairs_per_prompt is not None and settings.pairs_per_prompt < 1:
         raise store_lib.StoreError(f"--pairs-per-prompt is {settings.pairs_per_prompt}; it must be at least 1")
-    if not settings.set.strip() or not settings.labeler.strip():
-        raise store_lib.StoreError("--set and --labeler must not be empty")
+    for flag, name in (("name of --set", settings.set), ("name of --labeler", settings.labeler)):
+        store_lib.check_name(flag, name)
     if not 0 <= settings.max_dropped <= 1:
         raise store_lib.StoreError(f"--max-dropped is {settings.max_dropped}; it must be between 0 and 1")
+    new = given_files.is_new(settings.store)
     counts = errors.DropCount(max_dropped=settings.max_dropped, flag="--max-dropped")
     found, _ = comparison_import.read(
         list(settings.files),
@@ -72,12 +75,16 @@ def run(settings: Import) -> None:
     found = [annotated.with_defaults(each, **defaults) for each in found]
     if not found:
         raise errors.DataError(f"{settings.files[0]}: no record is left to add ({counts.report()})")
+    if settings.gold and not any(each.said for each in found):
+        raise errors.DataError(f"{settings.files[0]}: no record has a label, which --gold needs as the expected answer")
     with store_lib.Store(settings.store) as opened:
         added = annotated.add(
             opened, found, set_name=settings.set, labeler=settings.labeler, gold=settings.gold, counts=counts
         )
+    if settings.gold and not added.ids:
+        raise errors.DataError(f"{settings.files[0]}: no record is left to be a gold question ({counts.report()})")
     kind = "gold questions" if settings.gold else "items"
     text = f"{errors.counted(added.items, kind)} and {errors.counted(added.judgements, 'judgements')}"
     out = Console(soft_wrap=True, highlight=False)
-    out.print(escape(f"added to set {settings.set!r} of {settings.store}: {text}"))
+    out.print(escape(f"added to set {settings.set!r} of {'the new store ' * new}{settings.store}: {text}"))
     out.print(escape(f"data: {errors.counted(len(found), 'records')}; {counts.report()}"))

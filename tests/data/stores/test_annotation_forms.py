@@ -289,6 +289,24 @@ def test_records_with_several_completions_say_who_wrote_them(tmp_path):
     }
 
 
+def test_a_file_has_records_with_and_without_labels(tmp_path):
+    unlabelled = [{"prompt": "a", "responses": ["b", "c"]}, {"prompt": "d", "responses": ["e", "f"], "ranks": None}]
+    labelled = [
+        {"prompt": "g", "responses": ["h", "i", "j"], "ranks": [2, 1, 3]},
+        {"prompt": "k", "chosen": "l", "rejected": "m", "responses": None},
+        {"prompt": "n", "responses": ["o", "p"], "scores": [0.0, 1.0]},
+    ]
+    for lines in (unlabelled + labelled, labelled + unlabelled):
+        found, counts = read(tmp_path, lines)
+        assert texts(found) == [["i", "h", "j"], ["l", "m"], ["p", "o"], ["b", "c"], ["e", "f"]]
+        assert [len(each.said) for each in found] == [1, 1, 1, 0, 0]
+        assert counts.noted["record without a label in a file with labels"] == 2
+    assert not read(tmp_path, unlabelled)[1].noted and not read(tmp_path, labelled)[1].noted
+    for lines in ([unlabelled[0], {"prompt": "a"}], [labelled[0], {"prompt": "a"}], [unlabelled[0], {"chosen": "a"}]):
+        with pytest.raises(errors.DataError, match="record 2: the record has n"):
+            read(tmp_path, lines)
+
+
 def test_completions_that_no_item_can_hold_are_refused(tmp_path):
     found, counts = read(tmp_path, [{"prompt": "a", "responses": list("abcdefghij")}], form="ranking")
     with store.Store(tmp_path / "a.sqlite") as opened:

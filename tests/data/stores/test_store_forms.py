@@ -262,7 +262,9 @@ def test_lines_of_judgements_have_every_row(mixed, tmp_path):
     about = {"number": 1, "labeler": "Ada", "item": first, "set": "a", "kind": "pair", "time": 5.0, "latest": False}
     empty = {"preference": None, "ranks": None, "rating": None, "flags": {}, "tie": False, "unsure": False}
     said = {"strength": 2, "comment": "Calls.", "seconds": 3.0, "duplicate_of": None, "gold": False}
-    assert rows[0] == about | empty | said
+    completions = [each.extra | {"text": each.text, "policy": each.policy} for each in mixed.item(first).completions]
+    shown = {"prompt": list(mixed.item(first).prompt.messages), "completions": completions}
+    assert rows[0] == about | empty | said | shown
     with (
         store.Store(tmp_path / "empty.sqlite") as empty,
         pytest.raises(store.StoreError, match="no judgement to export"),

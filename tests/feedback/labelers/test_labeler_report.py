@@ -1,6 +1,7 @@
 """Comparisons of a store as arrays, screening, and the report on a pool with biased labelers."""
 
 import math
+import re
 
 import labeler_pool
 import numpy as np
@@ -12,6 +13,7 @@ from rlhf_jax.feedback import store
 from rlhf_jax.feedback.commands import report_labelers
 from rlhf_jax.feedback.judgements import Completion, Item, Judgement, Prompt
 from rlhf_jax.feedback.labelers import labeler_biases, labeler_report, labeler_votes, screening
+from rlhf_jax.report import labeler_page
 
 
 @pytest.fixture
@@ -192,6 +194,26 @@ def test_the_command_prints_and_writes_the_report(pool, tmp_path, capsys):
         assert title in text and f"<h2>{title}</h2>" in page
     assert "Check first (" in text and "random (" in text and "Fleiss' kappa" in text
     assert page.count("<svg") == 7 and "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_intervals_of_few_prompts_are_marked_as_rough(opened):
+    ids = opened.add([item(i, ["a", "b"], ["x", "y"]) for i in range(25)], set_name="a")
+    for n, id in enumerate(ids[:19]):
+        say(opened, "Ada", id, preference=float(n % 2))
+        say(opened, "Bo", id, preference=float(n % 3 > 0))
+    few = labeler_report.report(opened)
+    assert "rough: they rest on only 19 independent prompts (below 20)." in labeler_page.headline(few)
+    [agreement, *_] = labeler_page.tables(few)
+    assert agreement.rows[0][1][0][1].endswith("*") and labeler_page.ROUGH_NOTE in agreement.note
+    for id in ids[19:]:
+        say(opened, "Ada", id, preference=0.0)
+        say(opened, "Bo", id, preference=1.0)
+    enough = labeler_report.report(opened)
+    assert "rough" not in labeler_page.headline(enough) and "*" not in str(labeler_page.tables(enough)[0])
+    [policies] = [each for each in labeler_page.sections(enough) if each.title == "Policies"]
+    [figure] = policies.figures
+    labels = re.findall(r">([^<>]*\d) \(([^<>]*)\)<", figure.svg)
+    assert len(labels) == 1 and "." not in str(labels)  # the reference has no interval
 
 
 def test_a_report_on_few_judgements_has_no_numbers(opened, tmp_path, capsys):

@@ -31,8 +31,10 @@ class Scene:
         self.ids += self.opened.add([Item(prompt=prompt, completions=completions)], set_name="a")
         self.app = cases.make_app(self.opened, instructions=SCRIPT, **options)
         self.tokens = {}
-        for name, role in (("Ada", "labeler"), (f"Ben{SCRIPT}", "labeler"), ("Owner", "owner")):
+        for name, role in (("Ada", "labeler"), ("Ben", "labeler"), ("Owner", "owner")):
             self.tokens[name[:3]] = self.opened.add_labeler(name, role=role)
+        with self.opened.transaction(write=True) as db:  # a name that `add_labeler` refuses
+            db.execute("UPDATE labelers SET name = ? WHERE name = 'Ben'", (f"Ben{SCRIPT}",))
         self.ada, self.ben, self.owner = (self.client(name) for name in ("Ada", "Ben", "Own"))
 
     def client(self, name=None, **options):
