@@ -7,9 +7,9 @@ import json
 import pathlib
 import sys
 import tempfile
-from typing import Any
+from typing import Annotated, Any
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from rlhf_jax.feedback import store
 from rlhf_jax.feedback.labelers import labeler_report
@@ -26,7 +26,7 @@ class Serve:
     People sign in with the tokens that ``assign`` prints. Stop the server with Ctrl-C; nothing is lost if it is killed.
     """
 
-    store: Positional[str]
+    store: Annotated[Positional[str], arg(metavar="STORE")]
     """The comparison store."""
     set: str | None = None
     """Name of the set that is labelled. It may be left out if the store has one set besides those of chats, and names
@@ -162,6 +162,7 @@ def _set_name(settings: Serve, opened: store.Store) -> str:
             found = ", ".join(map(repr, names)) or "none; add one with import, or name a new one for a chat"
             raise store.StoreError(f"give --set: the sets of {settings.store} are {found}")
         return names[0]
+    store.check_name("set", settings.set)
     if settings.set not in names and settings.policy is None:
         found = ", ".join(map(repr, names)) or "none; add one with import"
         raise store.StoreError(f"{settings.store} has no set {settings.set!r}; its sets are {found}")
