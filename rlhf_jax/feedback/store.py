@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlhf_jax.feedback import judgements, store_rows, store_schema
-from rlhf_jax.feedback.store_schema import StoreError
+from rlhf_jax.feedback.store_schema import StoreError, StoreUnavailableError
 
 ROLES = ("labeler", "owner")
 DUPLICATE_GAP = 10
@@ -41,6 +41,10 @@ DUPLICATE_GAP = 10
 
 _JOINERS = "\u200c\u200d"
 """Characters that are not shown but determine the form of their neighbours, as in Persian and Hindi."""
+
+
+class KeyUsedError(StoreError):
+    """Raised for a judgement whose key its labeler has used for another one."""
 
 
 class Labeler(NamedTuple):
@@ -164,7 +168,7 @@ class Store:
                 yield self._db
                 self._db.execute("COMMIT")
             except sqlite3.Error as error:
-                raise StoreError(f"{self.path}: {error}") from error
+                raise StoreUnavailableError(f"{self.path}: {error}") from error
             finally:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
@@ -319,7 +323,7 @@ class Store:
             The assignment, or None if no item is left.
         """
         now = time.time() if now is None else now
-        # The order does not depend on what is stored here, and the judgement that follows is durable.
+        # The judgement that follows is durable, and with it what is stored here.
         with self.transaction(write=True, durable=False) as db:
             who = self._labeler(db, labeler, active=True)["number"]
             names = {"who": who, "set": set_name, "now": now, "gap": DUPLICATE_GAP, "most": max_judgements}
@@ -329,7 +333,8 @@ class Store:
                 return Assignment(row["id"], store_rows.item(db, row), row["seed"], row["expires"])
             elif (row := store_rows.next_item(db, names)) is None:
                 return None
-            seed = int.from_bytes(hashlib.sha256(f"{row['id']} {labeler}".encode()).digest()[:4], "big")
+            before = self.assigned(labeler, row["id"])
+            seed = secrets.randbits(32) if before is None else before.seed
             db.execute(
                 "INSERT INTO assignments (labeler, item, seed, time, expires) VALUES (?, ?, ?, ?, ?)",
                 (who, row["id"], seed, now, now + lease),
@@ -416,7 +421,7 @@ class Store:
             old = db.execute("SELECT * FROM judgements WHERE labeler = ? AND key = ?", (who, key)).fetchone()
             if old is not None:
                 if any(old[name] != value for name, value in values.items()):
-                    raise StoreError(f"{labeler!r} has used the key {key!r} for another judgement")
+                    raise KeyUsedError(f"{labeler!r} has used the key {key!r} for another judgement")
                 return old["number"]
             values["time"] = time.time() if now is None else now
             marks = ", ".join(f":{name}" for name in values)

@@ -111,7 +111,8 @@ def insert_item(db: sqlite3.Connection, item: judgements.Item, set_name: str) ->
         for each in item.completions
     ]
     expected = None if item.expected is None else _given(item.expected)
-    key = _digest("items", set_name, item.kind, prompt_id, completions, item.duplicate_of, expected, item.metadata)
+    contents = (set_name, item.kind, prompt_id, completions, item.duplicate_of, expected, item.metadata)
+    key = _digest(*_salt(db), "items", *contents)
     others = (item.duplicate_of, None if expected is None else to_json(expected), to_json(item.metadata))
     db.execute(
         "INSERT INTO items (id, set_name, kind, prompt, completions, duplicate_of, expected, metadata) "
@@ -119,6 +120,11 @@ def insert_item(db: sqlite3.Connection, item: judgements.Item, set_name: str) ->
         (key, set_name, item.kind, prompt_id, to_json(completions), *others),
     )
     return key
+
+
+def _salt(db: sqlite3.Connection) -> list[str]:
+    """Returns what identifiers of items depend on besides the item; nothing in stores of the first version."""
+    return [row["value"] for row in db.execute("SELECT value FROM salt WHERE value != ''")]
 
 
 def _insert(db: sqlite3.Connection, table: str, *values: Any) -> str:

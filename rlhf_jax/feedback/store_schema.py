@@ -111,6 +111,10 @@ _VERSION_2 = (
         BEGIN INSERT OR REPLACE INTO open VALUES (NEW.labeler, NEW.item, NEW.seed, NEW.expires); END""",
     """CREATE TRIGGER judgements_open AFTER INSERT ON judgements
         BEGIN DELETE FROM open WHERE labeler = NEW.labeler AND item = NEW.item; END""",
+    # A secret part of new identifiers, without which a labeler could tell from the identifier of an item whether it is
+    # a gold question. A store that has items keeps their identifiers.
+    "CREATE TABLE salt (value TEXT NOT NULL)",
+    "INSERT INTO salt SELECT CASE WHEN EXISTS (SELECT 1 FROM items) THEN '' ELSE hex(randomblob(16)) END",
     # Sessions of the labelling page.
     """CREATE TABLE sessions (
         hash BLOB PRIMARY KEY,
@@ -124,6 +128,10 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (_VERSION_1, _VERSION_2)
 
 class StoreError(ValueError):
     """Raised for a file or a request that the comparison store cannot handle."""
+
+
+class StoreUnavailableError(StoreError):
+    """Raised if the store cannot be read or written for now, because it is locked or the disk is full."""
 
 
 def connect(path: str | os.PathLike[str], *, read_only: bool, timeout: float) -> sqlite3.Connection:

@@ -112,7 +112,13 @@ def run(settings: Serve) -> None:
         name = f"[{name}]" if ":" in name else name
         scheme, port = "https" if settings.certificate else "http", listener.getsockname()[1]
         print(f"set {options.set_name!r} of {settings.store}: {scheme}://{name}:{port}/", flush=True)
-        page.serve(page.make_app(opened, options), listener, certificate=settings.certificate, key=settings.key)
+        page.serve(
+            page.make_app(opened, options),
+            listener,
+            certificate=settings.certificate,
+            key=settings.key,
+            behind_proxy=settings.behind_https,
+        )
 
 
 def _check(settings: Serve) -> None:

@@ -47,6 +47,8 @@ def judgement(form: Mapping[str, str], *, kind: str, n: int) -> judgements.Judge
     """
     answer = form.get("answer", "")
     said: dict[str, object] = {}
+    if kind == judgements.RANKING and answer and any(form.get(f"rank-{place}") for place in range(n)):
+        raise ValueError("Choose ranks or “I cannot tell”, not both.")
     if answer in ("tie", "unsure"):
         said[answer] = True
     elif kind == judgements.RANKING:

@@ -8,16 +8,18 @@ if it arrives twice, it is stored once, and if it comes from an outdated window,
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.resources
 import json
+import threading
 from collections.abc import Callable, Collection
 from typing import Any
 
+import anyio
+import anyio.to_thread
 import jinja2
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
@@ -25,6 +27,8 @@ from starlette.routing import Route
 from rlhf_jax.feedback import judgements, store, store_export
 from rlhf_jax.feedback.page import answer_forms, live_policy, protection, sessions, text_display
 
+MAX_REVISIONS = 100
+"""Number of judgements of one labeler about one item."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 INSTRUCTIONS = "\n\n".join(
@@ -97,23 +101,30 @@ def make_app(opened: store.Store, options: Options) -> Any:
     routes.append(Route("/judge", _endpoint(page.judge), methods=["POST"]))
     if options.policy is not None:
         routes.append(Route("/chat", _endpoint(page.show_chat), methods=["GET"]))
-        routes.append(Route("/chat", _endpoint(page.chat), methods=["POST"]))
+        # People who wait for the policy do not keep others from labelling.
+        writing = anyio.CapacityLimiter(4)
+        routes.append(Route("/chat", _endpoint(page.chat, writing), methods=["POST"]))
     if options.report is not None:
         routes.append(Route("/labelers", _endpoint(page.labelers), methods=["GET"]))
-    guard = Middleware(
-        protection.Protection,
+    return protection.Protection(
+        Starlette(routes=routes, exception_handlers={HTTPException: page.error, 500: page.error}),
         hosts=options.hosts,
         secure=options.secure,
         requests_per_second=options.requests_per_second,
     )
-    return Starlette(routes=routes, middleware=[guard], exception_handlers={HTTPException: page.error, 500: page.error})
 
 
-def _endpoint(function: Callable[[Request], Response]) -> Callable[[Request], Any]:
+def _endpoint(
+    function: Callable[[Request], Response], limiter: anyio.CapacityLimiter | None = None
+) -> Callable[[Request], Any]:
     async def call(request: Request) -> Response:
         try:
-            return await run_in_threadpool(function, request)
-        except ValueError as error:  # a StoreError, or a form that is no answer
+            return await anyio.to_thread.run_sync(function, request, limiter=limiter)
+        except store.StoreUnavailableError as error:
+            raise HTTPException(503, "The store is busy. Nothing is lost; try again.") from error
+        except store.StoreError as error:  # which may name files of the server
+            raise HTTPException(400, "The store has refused this. Reload the page.") from error
+        except ValueError as error:  # a form that is no answer
             raise HTTPException(400, str(error)) from error
 
     return call
@@ -124,6 +135,9 @@ class _Page:
 
     def __init__(self, opened: store.Store, options: Options) -> None:
         self._store, self._options = opened, options
+        self._waiting: set[str] = set()
+        """Labelers to whom the policy is writing."""
+        self._lock = threading.Lock()
         self._failures = protection.Rate(1 / 6, 20)  # attempts to sign in from one address: 20, then 10 per minute
         self._templates = jinja2.Environment(
             loader=jinja2.PackageLoader("rlhf_jax.feedback.page"),
@@ -153,7 +167,7 @@ class _Page:
         """Says what was wrong with a request, in the form that its sender reads."""
         code, detail = 500, "The server has failed. Nothing is lost; try again."
         if isinstance(error, HTTPException):
-            if error.headers:
+            if error.status_code == 303 and error.headers:
                 return _redirect(error.headers["Location"])
             code, detail = error.status_code, error.detail
         if "text/html" not in request.headers.get("accept", ""):
@@ -240,14 +254,28 @@ class _Page:
     def chat(self, request: Request) -> Response:
         """Sends a message to the policy, or chooses one of its answers."""
         who, form, options = self._required(request), self._form(request), self._options
-        assert options.policy is not None
         if "item" in form:
             assignment = self._assigned(who, form["item"])
+            if "conversation" not in assignment.item.metadata:
+                raise HTTPException(404, "The item is not part of a chat.")
             self._record(who, form, assignment, worse=options.red_team)
             return _redirect(f"/chat?conversation={assignment.item.metadata['conversation']}")
         chat = live_policy.find(
             self._store, who.name, options.chat_set, form.get("conversation", ""), worse=options.red_team
         )
+        with self._lock:
+            if who.name in self._waiting:
+                raise HTTPException(429, "The assistant is still answering your last message.")
+            self._waiting.add(who.name)
+        try:
+            self._say(who, form, chat)
+        finally:
+            self._waiting.discard(who.name)
+        return _redirect(f"/chat?conversation={chat.id}")
+
+    def _say(self, who: store.Labeler, form: dict[str, str], chat: live_policy.Conversation) -> None:
+        options = self._options
+        assert options.policy is not None
         live_policy.say(
             self._store,
             who.name,
@@ -259,7 +287,6 @@ class _Page:
             describe=lambda text: judgements.Completion(text, options.policy_name, options.sampling),
             domain="red team" if options.red_team else "",
         )
-        return _redirect(f"/chat?conversation={chat.id}")
 
     # ------------------------------------------------------------------------------------------------- the owner
 
@@ -323,16 +350,16 @@ class _Page:
         said = answer_forms.judgement(form, kind=item.kind, n=len(order))
         said = (answer_forms.reversed_scale(said) if worse else said).in_item_order(order)
         given = len(self._store.history(labeler=who.name, item=assignment.id))
+        if given >= MAX_REVISIONS:
+            raise HTTPException(400, "This answer has been changed too often.")
         if form.get("revision", "") not in map(str, range(given + 1)):
             raise HTTPException(400, "The form is not one of this page; reload it.")
         try:
             self._store.record(who.name, assignment.id, said, key=f"page {assignment.id} {form['revision']}")
-        except store.StoreError as error:
-            if given:
-                raise HTTPException(
-                    409, "You have answered this in another window, and that answer is kept. Reload this page."
-                ) from error
-            raise
+        except store.KeyUsedError as error:
+            raise HTTPException(
+                409, "You have answered this in another window, and that answer is kept. Reload this page."
+            ) from error
 
     def _item_page(self, request: Request, who: store.Labeler, assignment: store.Assignment) -> Response:
         before = self._store.history(labeler=who.name, item=assignment.id)
@@ -340,13 +367,13 @@ class _Page:
             "item.html",
             request,
             who,
-            **_shown(assignment, before[-1].judgement if before else None, len(before)),
+            **_shown(who, assignment, before[-1].judgement if before else None, len(before)),
             progress=self._progress(who.name),
             action="/judge",
         )
 
     def _chat_page(self, request: Request, who: store.Labeler, chat: live_policy.Conversation) -> Response:
-        waiting = {} if chat.waiting is None else _shown(chat.waiting, None, 0)
+        waiting = {} if chat.waiting is None else _shown(who, chat.waiting, None, 0)
         red_team = self._options.red_team
         return self._render("chat.html", request, who, chat=chat, red_team=red_team, action="/chat", **waiting)
 
@@ -370,11 +397,14 @@ class _Page:
         return HTMLResponse(text, status)
 
 
-def _shown(assignment: store.Assignment, before: judgements.Judgement | None, revision: int) -> dict[str, Any]:
+def _shown(
+    who: store.Labeler, assignment: store.Assignment, before: judgements.Judgement | None, revision: int
+) -> dict[str, Any]:
     """Returns what the templates need to show an item in the order of an assignment."""
     item, order = assignment.item, assignment.order
     return {
         "id": assignment.id,
+        "draft": hashlib.sha256(f"{who.name} {assignment.id} {revision}".encode()).hexdigest()[:16],
         "item": item,
         "completions": [_message(item.completions[i]) for i in order],
         "values": {} if before is None else answer_forms.values(_as_shown(assignment, before)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection
@@ -14,7 +15,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 
-MAX_BODY = 64 * 1024
+MAX_BODY = 256 * 1024
 """Largest body of a request, in bytes."""
 BODY_TIMEOUT = 10.0
 """Number of seconds in which a body must arrive."""
@@ -40,17 +41,19 @@ class Rate:
         """Stores the arguments."""
         self._rate, self._burst, self._clock = per_second, burst, clock
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+        self._lock = threading.Lock()
 
     def allows(self, key: str, *, cost: float = 1.0) -> bool:
         """Counts an event and returns whether it is allowed; with a cost of 0, only asks."""
-        now = self._clock()
-        level, then = self._buckets.pop(key, (float(self._burst), now))
-        level = min(self._burst, level + (now - then) * self._rate)
-        allowed = level >= max(cost, 1.0)
-        self._buckets[key] = (level - cost if allowed else level, now)
-        if len(self._buckets) > 100_000:  # the oldest have filled up again
-            self._buckets.popitem(last=False)
-        return allowed
+        with self._lock:
+            now = self._clock()
+            level, then = self._buckets.pop(key, (float(self._burst), now))
+            level = min(self._burst, level + (now - then) * self._rate)
+            allowed = level >= max(cost, 1.0)
+            self._buckets[key] = (level - cost if allowed else level, now)
+            if len(self._buckets) > 100_000:  # the oldest have filled up again
+                self._buckets.popitem(last=False)
+            return allowed
 
 
 class Protection:
@@ -117,7 +120,7 @@ class Protection:
         if scope["method"] not in ("GET", "HEAD"):
             # Browsers send Origin with every form, and Sec-Fetch-Site over HTTPS and to this machine.
             origin, site = headers.get("origin"), headers.get("sec-fetch-site", "same-origin")
-            if site not in ("same-origin", "none") or (origin is not None and urlsplit(origin).netloc != hosts[0]):
+            if site not in ("same-origin", "none") or (origin is not None and origin.partition("//")[2] != hosts[0]):
                 return PlainTextResponse("The request comes from another site.", 403)
             if headers.get("content-type", "").split(";")[0].strip() != "application/x-www-form-urlencoded":
                 return PlainTextResponse("The request is not a form.", 415)

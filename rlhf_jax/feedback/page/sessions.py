@@ -9,6 +9,8 @@ import time
 
 from rlhf_jax.feedback import store
 
+MAX_SESSIONS = 10
+"""Number of sessions of a person, the latest ones."""
 LIFETIME = 14 * 86400.0
 """Number of seconds after which a person signs in again."""
 
@@ -19,6 +21,11 @@ def start(opened: store.Store, labeler: str, *, now: float | None = None) -> str
     secret = secrets.token_urlsafe(32)
     with opened.transaction(write=True) as db:
         db.execute("DELETE FROM sessions WHERE expires <= ?", (now,))
+        db.execute(
+            "DELETE FROM sessions WHERE hash IN (SELECT s.hash FROM sessions s JOIN labelers ON labelers.number = "
+            "s.labeler WHERE labelers.name = ? ORDER BY s.expires DESC LIMIT -1 OFFSET ?)",
+            (labeler, MAX_SESSIONS - 1),
+        )
         db.execute(
             "INSERT INTO sessions SELECT ?, number, ? FROM labelers WHERE name = ? AND NOT revoked",
             (_hash(secret), now + LIFETIME, labeler),

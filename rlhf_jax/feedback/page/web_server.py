@@ -70,7 +70,14 @@ def listen(host: str, port: int) -> socket.socket:
     return socket.create_server((host, port), family=family, backlog=1024)
 
 
-def serve(app: Any, listener: socket.socket, *, certificate: str | None = None, key: str | None = None) -> None:
+def serve(
+    app: Any,
+    listener: socket.socket,
+    *,
+    certificate: str | None = None,
+    key: str | None = None,
+    behind_proxy: bool = False,
+) -> None:
     """Serves an application until the process is told to stop (SIGINT or SIGTERM).
 
     Args:
@@ -78,6 +85,7 @@ def serve(app: Any, listener: socket.socket, *, certificate: str | None = None, 
         listener: The socket, from `listen`.
         certificate: File of a certificate, for HTTPS, and
         key: of its private key.
+        behind_proxy: Whether a reverse proxy on this machine passes requests on and names the address of their sender.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(soft, 65536), hard), hard))
@@ -89,6 +97,7 @@ def serve(app: Any, listener: socket.socket, *, certificate: str | None = None, 
         access_log=False,
         log_level="warning",
         server_header=False,
+        proxy_headers=behind_proxy,
         timeout_graceful_shutdown=5,
         ssl_certfile=certificate,
         ssl_keyfile=key,

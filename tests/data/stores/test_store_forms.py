@@ -1,6 +1,7 @@
 """Stores that are exported and imported again have the same items and votes, whatever the texts contain."""
 
 import collections
+import dataclasses
 import json
 import math
 import pathlib
@@ -75,7 +76,7 @@ def contents(opened):
     said = collections.defaultdict(dict)
     for each in opened.latest():
         said[each.item][each.labeler] = str(answer(each.judgement)), each.judgement.seconds
-    return {(id, str(item)): said[id] for id, item in opened.items().items()}
+    return {str(dataclasses.replace(item, duplicate_of=None)): said[id] for id, item in opened.items().items()}
 
 
 def again(folder, file):

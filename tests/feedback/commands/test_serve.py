@@ -69,7 +69,7 @@ def test_other_machines_need_a_secret_and_a_name(path, served, tmp_path, capsys)
     names = ("labels.example.org",)
     serve.run(serve.Serve(store=path, host="0.0.0.0", names=names, secret_file=str(tmp_path / "secret")))
     [address, (app, options)] = served
-    assert address == ("0.0.0.0", 8080) and options == {"certificate": None, "key": None}
+    assert address == ("0.0.0.0", 8080) and options == {"certificate": None, "key": None, "behind_proxy": False}
     printed = capsys.readouterr()
     assert "set 'a'" in printed.out and "http://labels.example.org:" in printed.out
     assert "the connection is not encrypted" in printed.err and "nobody can sign in yet" in printed.err

@@ -61,7 +61,7 @@ ANSWERS = [
         {"rank-0": "2", "rank-1": "1", "rank-2": "2", "answer": ""},
         judgements.Judgement(ranks=(2, 1, 2)),
     ),
-    (judgements.RANKING, 3, {"answer": "unsure", "rank-0": "", "rank-1": "4"}, judgements.Judgement(unsure=True)),
+    (judgements.RANKING, 3, {"answer": "unsure", "rank-0": "", "rank-1": ""}, judgements.Judgement(unsure=True)),
     (
         judgements.LIKERT,
         1,
@@ -89,6 +89,7 @@ def test_a_form_means_one_judgement(kind, n, form, said):
         (judgements.PAIR, 2, {"answer": "1", "comment": "x" * 10_001}, "at most 10000"),
         (judgements.RANKING, 3, {"rank-0": "1", "rank-1": "2"}, "The rank of answer C is missing"),
         (judgements.RANKING, 3, {"rank-0": "1", "rank-1": "2", "rank-2": "4"}, "from 1 to 3"),
+        (judgements.RANKING, 3, {"answer": "unsure", "rank-1": "2"}, "not both"),
         (judgements.RANKING, 3, {"answer": "tie"}, "exactly one of ranks, unsure"),
         (judgements.LIKERT, 1, {"answer": "8"}, "from 1 to 7"),
         (judgements.LIKERT, 1, {"answer": "tie"}, "exactly one of rating, unsure"),

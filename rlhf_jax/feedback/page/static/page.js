@@ -105,6 +105,7 @@ function isComplete() {
 
 function restoreDraft() {
   const draft = JSON.parse(sessionStorage.getItem(form.dataset.draft) || "null");
+  if (draft) for (const field of form.querySelectorAll(":checked")) field.checked = false;
   for (const [name, value] of Object.entries(draft || {})) {
     for (const field of form.querySelectorAll(`[name="${CSS.escape(name)}"]`)) {
       if (field.type === "radio" || field.type === "checkbox") field.checked = field.value === value;
