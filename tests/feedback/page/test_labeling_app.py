@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 
 from rlhf_jax.feedback import store
 from rlhf_jax.feedback.judgements import Completion, Item, Judgement, Prompt
-from rlhf_jax.feedback.page import labeling_app, sessions
+from rlhf_jax.feedback.page import page_options, sessions
 
 
 @pytest.fixture
@@ -229,7 +229,7 @@ def test_instructions_are_shown(opened):
     ada = client(opened, instructions="Be <kind>.\n```\ncode\n```")
     text = ada.get("/instructions", headers=HTML).text
     assert "Be &lt;kind&gt;." in text and ">code\n</pre>" in text
-    assert labeling_app.INSTRUCTIONS.splitlines()[0] in client(opened, "Ben").get("/instructions", headers=HTML).text
+    assert page_options.INSTRUCTIONS.splitlines()[0] in client(opened, "Ben").get("/instructions", headers=HTML).text
 
 
 def test_forms_work_without_a_script(opened):
