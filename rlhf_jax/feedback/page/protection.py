@@ -109,7 +109,7 @@ class Protection:
         headers = Headers(scope=scope)
         secret = session_secret(headers)
         address = scope["client"][0] if scope.get("client") else ""
-        allowed = self._addresses.allows(address, cost=0.2 if secret else 1.0)
+        allowed = self._addresses.allows(address)
         if secret:
             allowed = allowed and self._sessions.allows(hashlib.sha256(secret.encode()).hexdigest())
         if not allowed:
