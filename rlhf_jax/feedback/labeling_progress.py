@@ -1,4 +1,4 @@
-"""Who has judged what in a comparison store, what is left to judge, and the choice of hidden duplicates."""
+"""Progress of the labelers of a comparison store, and the choice of hidden duplicates."""
 
 from __future__ import annotations
 
@@ -29,8 +29,7 @@ def by_labeler(opened: store.Store, *, now: float | None = None) -> dict[tuple[s
         SELECT name, set_name, SUM(judged) AS judged, SUM(open) AS open FROM (
             SELECT labeler, item, 1 AS judged, 0 AS open FROM judgements GROUP BY labeler, item
             UNION ALL
-            SELECT labeler, item, 0, 1 FROM assignments a WHERE expires > :now AND NOT EXISTS
-                (SELECT 1 FROM judgements j WHERE j.item = a.item AND j.labeler = a.labeler) GROUP BY labeler, item)
+            SELECT labeler, item, 0, 1 FROM open WHERE expires > :now)
         JOIN items ON items.id = item JOIN labelers ON labelers.number = labeler
         GROUP BY labelers.number, set_name"""
     with opened.transaction() as db:
@@ -44,8 +43,7 @@ def remaining(opened: store.Store, set_name: str, *, judgements_per_item: int) -
     Hidden duplicates do not count.
     """
     query = """
-        SELECT COUNT(*) FROM items WHERE set_name = :set AND duplicate_of IS NULL
-        AND (SELECT COUNT(DISTINCT labeler) FROM judgements j WHERE j.item = items.id) < :least"""
+        SELECT COUNT(*) FROM judged WHERE set_name = :set AND duplicate_of IS NULL AND labelers < :least"""
     with opened.transaction() as db:
         (n,) = db.execute(query, {"set": set_name, "least": judgements_per_item}).fetchone()
     return n

@@ -31,7 +31,7 @@ class Annotated(records.Prompt):
     completions: tuple[judgements.Completion, ...]
     said: tuple[Said, ...] = ()
     notes: tuple[str, ...] = ()
-    """What is not kept, as reasons under which it is counted."""
+    """Reasons under which contents that are not kept are counted."""
     item: str | None = None
     """Identifier of the item of which the record is an export."""
 

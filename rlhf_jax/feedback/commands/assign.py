@@ -51,7 +51,7 @@ class Assign:
     seed: int = 0
     """Seed of the choice of duplicates."""
     list: bool = False
-    """Whether to show the people, their numbers of judgements and open assignments, and what is left to judge."""
+    """Whether to show each person's numbers of judgements and open assignments, and the number of items left."""
     judgements: int = 1
     """Number of judgements, at least 1, with which --list counts an item as judged."""
 

@@ -88,7 +88,7 @@ class _Page:
         self._waiting: set[str] = set()
         """Labelers to whom the policy is writing."""
         self._lock = threading.Lock()
-        self._failures = protection.Rate(1 / 6, 20)  # attempts to sign in from one address: 20, then 10 per minute
+        self._failures = protection.Rate(1 / 6, 20)  # wrong access secrets with one token: 20, then 10 per minute
         self._templates = jinja2.Environment(
             loader=jinja2.PackageLoader("rlhf_jax.feedback.page"),
             autoescape=True,
@@ -134,13 +134,14 @@ class _Page:
         return _redirect("/report" if who.role == "owner" else "/instructions")
 
     def sign_in(self, request: Request) -> Response:
-        form, address = answer_forms.fields(request.scope["body"]), request.client.host if request.client else ""
-        expected = self._options.access_secret
+        form, expected = answer_forms.fields(request.scope["body"]), self._options.access_secret
         who = self._store.authenticate(form.get("token", "").strip())
+        if who is not None and not self._failures.allows(who.name, cost=0.0):
+            raise HTTPException(429, "Too many attempts to sign in; wait a minute.")
         known = expected is None or sessions.equal(form.get("secret", "").strip(), expected)
         if who is None or not known:
-            if not self._failures.allows(address):
-                raise HTTPException(429, "Too many attempts to sign in; wait a minute.")
+            if who is not None:
+                self._failures.allows(who.name)
             return self._render("sign_in.html", None, status=403, secret_needed=expected is not None, failed=True)
         response = _redirect("/")
         response.set_cookie(

@@ -46,7 +46,7 @@ def find(opened: store.Store, labeler: str, set_name: str, id: str | None, *, wo
         labeler: Name of the labeler.
         set_name: The set of the items of conversations.
         id: Identifier of the conversation; None for the latest.
-        worse: Whether conversations go on with the worse answer.
+        worse: Whether conversations continue with the worse answer.
 
     Returns:
         The conversation.
@@ -134,6 +134,6 @@ def say(
 
 
 def _chosen(said: judgements.Judgement, order: Sequence[int], *, worse: bool) -> int:
-    """Returns the number of the completion with which a conversation goes on; that shown first if none is preferred."""
+    """Returns the number of the completion with which a conversation continues: without a preference, the first shown."""
     vote = 1 - said.vote if worse else said.vote
     return order[0] if vote != vote or vote == 0.5 else int(vote < 0.5)

@@ -42,7 +42,7 @@ class Options:
     sampling: dict[str, Any] = dataclasses.field(default_factory=dict)
     """How its answers are sampled, for the store."""
     red_team: bool = False
-    """Whether labelers of the chat try to elicit harm and choose the more harmful answer, with which it goes on."""
+    """Whether labelers of the chat try to elicit harm and choose the more harmful answer, with which it continues."""
     report: Callable[[], str] | None = None
     """Returns an HTML page about the labelers, which the owner can download; None for none."""
     access_secret: str | None = None

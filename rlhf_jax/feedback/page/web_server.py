@@ -78,7 +78,7 @@ def serve(
     key: str | None = None,
     behind_proxy: bool = False,
 ) -> None:
-    """Serves an application until the process is told to stop (SIGINT or SIGTERM).
+    """Serves an application until the process receives SIGINT or SIGTERM.
 
     Args:
         app: An ASGI application, such as that of `make_app`.
