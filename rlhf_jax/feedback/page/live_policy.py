@@ -134,6 +134,6 @@ def say(
 
 
 def _chosen(said: judgements.Judgement, order: Sequence[int], *, worse: bool) -> int:
-    """Returns the number of the completion with which a conversation continues: without a preference, the first shown."""
+    """Returns the completion with which a conversation continues: without a preference, the first that was shown."""
     vote = 1 - said.vote if worse else said.vote
     return order[0] if vote != vote or vote == 0.5 else int(vote < 0.5)
