@@ -4,10 +4,13 @@ The SFT model's hidden states of benign training prompts, averaged over the toke
 covariance matrix. Held-out benign and harmful prompts are scored by their Mahalanobis distance (MD) and by the relative
 one (SRMD), which need no harmful prompts, and by linear classifiers that have seen 1, 10 or 100 harmful training
 prompts (Figure 23). Compared are the areas under the ROC curves at the middle layer; other layers are drawn and not
-tested.
+tested. SRMD and MD are compared by the log-odds of their areas, because differences between areas are small in worlds
+in which both are nearly 1.
 
 The SFT model and the average over tokens were chosen with the seeds 100 to 102: the difference between SRMD and MD has
-the same sign in all three worlds with the SFT model, but not with the base model or at the last token.
+the same sign in all three worlds with the SFT model, but not with the base model or at the last token. After a first
+verdict with the seeds 0 to 4, 500 training prompts of each kind replaced 3,000, and log-odds replaced areas. Both were
+chosen with the seeds 100 to 103. Before that, the area of SRMD was larger by 0.001 (-0.002 to 0.005).
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from online import domains
 from recipe import tasks
+from scipy import special
 
 from claims import model_stages as ms
 from claims import verdicts
@@ -29,13 +33,13 @@ from rlhf_jax import lm, types
 from rlhf_jax.diagnostics import ood
 from rlhf_jax.report import plots
 
-PROMPTS = {"train": 3000, "test": 1000}
+PROMPTS = {"train": 500, "test": 1000}
 """Number of prompts of each kind, those for fitting and those that are held out."""
 STREAM = 24
 """Number of the random stream of the prompts."""
 EXAMPLES = (1, 10, 100)
 RIDGE = 1e-6
-"""Regularisation of the covariance matrix, which has far more prompts than features."""
+"""Regularisation of the covariance matrix, which has five times as many prompts as features."""
 DRAWS = 10
 """Number of random choices of the examples, over which areas are averaged."""
 NAMES = ("MD", "SRMD", *(f"{n}-shot" for n in EXAMPLES))
@@ -108,8 +112,9 @@ def detect(
 def decide(measured_S: Sequence[Measured]) -> list[verdicts.Part]:
     """Compares the areas at the middle layer."""
     middle_S = [each["middle"] for each in measured_S]
+    odds = {name: special.logit(np.clip([each[name] for each in middle_S], 1e-6, 1 - 1e-6)) for name in ("SRMD", "MD")}
     return [
-        verdicts.above("area of SRMD − of MD", [each["SRMD"] - each["MD"] for each in middle_S]),
+        verdicts.above("log-odds of the area of SRMD − of MD", odds["SRMD"] - odds["MD"]),
         verdicts.above("area with 10 examples − of SRMD", [each["10-shot"] - each["SRMD"] for each in middle_S]),
     ]
 
