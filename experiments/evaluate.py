@@ -103,8 +103,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rlhf_jax import diagnostics, report
-from rlhf_jax.checkpoint import atomic
+from rlhf_jax import atomic, diagnostics, report
 from rlhf_jax.data import dialogues, errors
 from rlhf_jax.report import console
 from rlhf_jax.report import results as results_lib

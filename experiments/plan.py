@@ -61,7 +61,7 @@ from launch.settings import SettingError
 from planning import chips, planner, roofline
 from rich.console import Console
 
-from rlhf_jax.checkpoint import atomic
+from rlhf_jax import atomic
 
 
 def run(plan: plan_settings.Plan, out: Console, progress: Console) -> int:

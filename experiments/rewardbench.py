@@ -81,8 +81,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rlhf_jax import diagnostics, parallel, report
-from rlhf_jax.checkpoint import atomic
+from rlhf_jax import atomic, diagnostics, parallel, report
 from rlhf_jax.data import chat, dialogues, errors, readers
 from rlhf_jax.report import console
 from rlhf_jax.report import results as results_lib

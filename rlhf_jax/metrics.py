@@ -19,9 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from rlhf_jax import masking
+from rlhf_jax import atomic, masking
 from rlhf_jax import sinks as sinks_lib
-from rlhf_jax.checkpoint import atomic
 
 FILE_NAME = "metrics.jsonl"
 

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from rlhf_jax.checkpoint import atomic
+from rlhf_jax import atomic
 
 _FLUSH_SECONDS = 2
 

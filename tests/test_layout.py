@@ -9,6 +9,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 LIBRARY = (
     *(
+        "atomic",
         "types",
         "masking",
         "aggregation",

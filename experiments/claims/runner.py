@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from claims.claim import Measured
-from rlhf_jax.checkpoint import atomic
+from rlhf_jax import atomic
 
 
 class Work(NamedTuple):

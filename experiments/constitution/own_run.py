@@ -13,8 +13,7 @@ from recipe import human_comparisons, run_setup
 from rich.console import Console
 
 from constitution import judge_settings, own_models, own_settings
-from rlhf_jax import feedback, report
-from rlhf_jax.checkpoint import atomic
+from rlhf_jax import atomic, feedback, report
 from rlhf_jax.data import chat, dialogues, errors, readers
 from rlhf_jax.feedback import few_shot
 from rlhf_jax.report import page, plots

@@ -20,8 +20,7 @@ from launch import device_mesh, initial_model, run_folder
 from launch.run_settings import SettingError, Template
 
 from finetune import sampling_settings
-from rlhf_jax import generation, lm, parallel
-from rlhf_jax.checkpoint import atomic
+from rlhf_jax import atomic, generation, lm, parallel
 from rlhf_jax.data import chat, errors, padding, readers, records
 
 PARTIAL = ".partial"

@@ -16,8 +16,7 @@ from rich.cells import cell_len
 from finetune import outcome
 from finetune.policy_data import Prompts
 from finetune.policy_rewards import Scorer
-from rlhf_jax import diagnostics, kl, parallel, types
-from rlhf_jax.checkpoint import atomic
+from rlhf_jax import atomic, diagnostics, kl, parallel, types
 from rlhf_jax.data import chat
 from rlhf_jax.train import ppo
 

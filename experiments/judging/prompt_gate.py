@@ -17,8 +17,7 @@ from finetune import answers
 from launch import device_mesh, initial_model
 from launch.run_settings import SettingError, Template
 
-from rlhf_jax import lm, parallel
-from rlhf_jax.checkpoint import atomic
+from rlhf_jax import atomic, lm, parallel
 from rlhf_jax.data import padding
 from rlhf_jax.diagnostics import ood
 

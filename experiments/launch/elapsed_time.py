@@ -8,7 +8,7 @@ import pathlib
 import time
 
 from launch import process_setup
-from rlhf_jax.checkpoint import atomic
+from rlhf_jax import atomic
 
 NAME = "seconds.json"
 INTERVAL = 10.0

@@ -19,8 +19,7 @@ from typing import Any
 
 from launch import config_file, elapsed_time, folder_lock, initial_model, setting_checks
 from launch.run_settings import RunSettings, SettingError
-from rlhf_jax import checkpoint, metrics, sinks
-from rlhf_jax.checkpoint import atomic
+from rlhf_jax import atomic, checkpoint, metrics, sinks
 from rlhf_jax.data import errors, files, sources
 from rlhf_jax.distributed import hosts
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
-from rlhf_jax.checkpoint import atomic
+from rlhf_jax import atomic
 
 A = TypeVar("A", bound=tuple[Any, ...])
 Ask = Callable[[Sequence[str]], Iterable[tuple[int, A | Exception]]]

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf_jax.checkpoint import atomic
+from rlhf_jax import atomic
 from rlhf_jax.feedback import judgements, store
 
 

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rlhf_jax.checkpoint import atomic
+from rlhf_jax import atomic
 from rlhf_jax.report import distillation_plots, plots, reward_plots
 from rlhf_jax.report import results as results_lib
 from rlhf_jax.report.metric_display import METRICS, STAGES

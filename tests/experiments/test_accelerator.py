@@ -12,7 +12,7 @@ import accelerator
 import pytest
 from benchmarks.accelerator_rows import report_table, row_context, row_runner
 
-from rlhf_jax.checkpoint import atomic
+from rlhf_jax import atomic
 
 ROOT = pathlib.Path(__file__).parents[2]
 MISSING = ("grain", "tensorflow_datasets", "tyro", "tensorboardX", "array_record", "matplotlib", "pyarrow", "chex")

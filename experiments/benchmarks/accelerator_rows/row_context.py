@@ -143,7 +143,7 @@ class Context:
 
 def append(path: pathlib.Path, record: dict[str, Any]) -> None:
     """Appends a record to the file of measurements."""
-    from rlhf_jax.checkpoint import atomic  # imports JAX, which --help and --show do not need
+    from rlhf_jax import atomic  # imports JAX, which --help and --show do not need
 
     atomic.append_line(path, record)
 

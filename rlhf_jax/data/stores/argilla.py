@@ -27,7 +27,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf_jax.checkpoint import atomic
+from rlhf_jax import atomic
 from rlhf_jax.data import dialogues, errors, records
 from rlhf_jax.data.stores import annotated, labeling_tools
 from rlhf_jax.feedback import judgements, store

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rlhf_jax.checkpoint import atomic
+from rlhf_jax import atomic
 from rlhf_jax.data import errors
 
 FORMAT = "rlhf_jax.records.1"

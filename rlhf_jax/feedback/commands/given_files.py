@@ -27,7 +27,7 @@ def output(path: str, *, store: str, overwrite: bool) -> Iterator[None]:
     """Checks that a file can be written, before a ``with`` block that writes it, and names it in errors of the block.
 
     Args:
-        path: The file, which the block writes atomically, with `rlhf_jax.checkpoint.atomic.replace_file`.
+        path: The file, which the block writes atomically, with `rlhf_jax.atomic.replace_file`.
         store: The store that the command reads.
         overwrite: Whether a file that exists may be replaced.
 
