@@ -11,11 +11,14 @@ import math
 import os
 import pathlib
 import shutil
+import stat
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+
+import jax
 
 from launch import config_file, elapsed_time, folder_lock, initial_model, setting_checks
 from launch.run_settings import RunSettings, SettingError
@@ -24,6 +27,8 @@ from rlhf_jax.data import errors, files, sources
 from rlhf_jax.distributed import hosts
 
 RESULTS, INCIDENTS = "results.json", "incidents.jsonl"
+PROGRAMS = "programs"
+"""Name of the folder of compiled programs beside a run folder."""
 INPUTS = "input_digests"
 """Key of the digests of models and data files in config.json."""
 
@@ -136,7 +141,29 @@ def create(path: pathlib.Path, settings: RunSettings) -> RunFolder:
     """Creates and locks the folder of a new run; raises SettingError if that fails."""
     extra = {"version": config_file.VERSION, "command": settings.command, INPUTS: input_digests(settings)}
     create_folder(path, dataclasses.asdict(settings) | extra)
+    return _open(path, settings)
+
+
+def _open(path: pathlib.Path, settings: RunSettings) -> RunFolder:
+    if settings.compute.reuse_programs:
+        reuse_programs(path)
     return RunFolder(path, open_log(path, settings))
+
+
+def reuse_programs(path: pathlib.Path) -> None:
+    """Makes JAX keep compiled programs beside the run folder ``path``, unless it already keeps them elsewhere.
+
+    A program from that folder is run as it is. The folder is therefore used only if nobody else can write to it.
+    """
+    folder = path.absolute().parent / PROGRAMS
+    if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+        return
+    with contextlib.suppress(OSError):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+        if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022:
+            jax.config.update("jax_compilation_cache_dir", str(folder))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 def open_log(path: pathlib.Path, settings: RunSettings) -> metrics.MetricLog:
@@ -168,7 +195,7 @@ def create_folder(path: pathlib.Path, config: dict[str, Any]) -> None:
 def resume(path: pathlib.Path, settings: RunSettings) -> RunFolder:
     """Locks and opens the folder of a run to resume; raises SettingError if that fails."""
     lock(f"--resume {path}", path)
-    return RunFolder(path, open_log(path, settings))
+    return _open(path, settings)
 
 
 def lock(flag: str, path: pathlib.Path) -> None:

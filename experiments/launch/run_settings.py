@@ -52,6 +52,9 @@ class TrainCompute(Compute):
     remat: Literal["none", "dots", "full"] = "none"
     """Activations that are computed again in the backward pass to save memory: none, all except the results of matrix
     products (`dots`), or all (`full`)."""
+    reuse_programs: bool = True
+    """Keep compiled programs in the folder `programs` beside the run folder, so that later runs with equal sizes start
+    faster. JAX_COMPILATION_CACHE_DIR, if set, replaces this folder."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -166,3 +166,16 @@ def test_sft_trains_on_the_preferred_answers_of_comparisons(tmp_path):
     assert "their preferred answers are the demonstrations" in text
     found, _ = demonstrations_lib.read(str(path), errors.DropCount())
     assert {each.response for each in found} == {"Yes, it is."}
+
+
+def test_a_second_run_reuses_compiled_programs_and_gets_the_same_bits(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    row = json.dumps({"prompt": "hello there", "response": "good day to you"})
+    (tmp_path / "data.jsonl").write_text(f"{row}\n" * 40)
+    flags = ("--model", "tiny", "--data.path", tmp_path / "data.jsonl")
+    models, programs = [], []
+    for name in ("first", "second"):
+        command("sft.py", *flags, "--out", tmp_path / name)
+        models.append((tmp_path / name / "model/model.safetensors").read_bytes())
+        programs.append({path.name: path.stat().st_mtime_ns for path in (tmp_path / "programs").iterdir()})
+    assert programs[0] and programs[0] == programs[1] and models[0] == models[1]

@@ -3,9 +3,10 @@
 import json
 import os
 
+import jax
 import pytest
-from launch import config_file, initial_model, run_folder
-from launch.settings import SettingError
+from launch import config_file, folder_lock, initial_model, run_folder, run_settings
+from launch.settings import SettingError, Settings
 
 from rlhf_jax.feedback import store
 from rlhf_jax.feedback.judgements import Completion, Item, Judgement, Prompt
@@ -92,3 +93,48 @@ def test_a_run_can_be_resumed_unless_the_records_of_its_store_changed(tmp_path):
         opened.record("Ada", key, Judgement(strength=8), key="2")
         digest()
     assert digests[0] == digests[1] == digests[2] != digests[3] and None not in digests
+
+
+@pytest.fixture
+def without_programs():
+    """JAX without a folder of compiled programs, which is restored at the end."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_programs_are_kept_beside_the_run_unless_a_folder_is_given(tmp_path, without_programs):
+    run_folder.reuse_programs(tmp_path / "run")
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "programs")  # type: ignore[attr-defined]
+    assert (tmp_path / "programs").stat().st_mode & 0o777 == 0o700
+    run_folder.reuse_programs(tmp_path / "other/run")
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "programs")  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+def test_a_flag_makes_each_run_compile_its_programs(tmp_path, reuse, without_programs):
+    compute = run_settings.TrainCompute(reuse_programs=reuse)
+    run_folder.create(tmp_path / "run", Settings(compute=compute))
+    folder_lock.release_all()
+    assert (tmp_path / "programs").exists() == reuse
+
+
+@pytest.mark.parametrize("unsafe", ["writable", "link", "file", "missing parent"])
+def test_programs_that_others_may_have_written_are_not_run(tmp_path, unsafe, without_programs):
+    folder = tmp_path / "programs"
+    match unsafe:
+        case "writable":
+            folder.mkdir()
+            folder.chmod(0o777)
+        case "link":
+            (tmp_path / "elsewhere").mkdir()
+            folder.symlink_to(tmp_path / "elsewhere")
+        case "file":
+            folder.write_text("")
+        case "missing parent":
+            tmp_path = tmp_path / "none"
+    run_folder.reuse_programs(tmp_path / "run")
+    assert jax.config.jax_compilation_cache_dir is None  # type: ignore[attr-defined]
