@@ -78,7 +78,10 @@ def c31(rng, effect, noise=0.02):
 
 def c32(rng, effect, noise=0.02):
     gains = dict.fromkeys(c32_separate_critic.ARMS, 0.0) | {c32_separate_critic.SEPARATE: 0.2 * effect}
-    return {name: {"score": gain + noise * rng.normal()} for name, gain in gains.items()}
+    return {
+        name: {"reward": np.append(rng.normal(size=6), gain + noise * rng.normal(size=6))}
+        for name, gain in gains.items()
+    }
 
 
 def c33(rng, effect, noise=0.0):
