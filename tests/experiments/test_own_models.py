@@ -178,4 +178,5 @@ def test_a_second_run_reuses_compiled_programs_and_gets_the_same_bits(tmp_path, 
         command("sft.py", *flags, "--out", tmp_path / name)
         models.append((tmp_path / name / "model/model.safetensors").read_bytes())
         programs.append({path.name: path.stat().st_mtime_ns for path in (tmp_path / "programs").iterdir()})
-    assert programs[0] and programs[0] == programs[1] and models[0] == models[1]
+    assert any(name.startswith("jit_train_step") for name in programs[0]) and models[0] == models[1]
+    assert programs[0].items() <= programs[1].items()  # which programs take long enough to be kept varies
