@@ -163,7 +163,6 @@ def reuse_programs(path: pathlib.Path) -> None:
         status = folder.lstat()
         if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022:
             jax.config.update("jax_compilation_cache_dir", str(folder))
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 def open_log(path: pathlib.Path, settings: RunSettings) -> metrics.MetricLog:

@@ -170,6 +170,7 @@ def test_sft_trains_on_the_preferred_answers_of_comparisons(tmp_path):
 
 def test_a_second_run_reuses_compiled_programs_and_gets_the_same_bits(tmp_path, monkeypatch):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     row = json.dumps({"prompt": "hello there", "response": "good day to you"})
     (tmp_path / "data.jsonl").write_text(f"{row}\n" * 40)
     flags = ("--model", "tiny", "--data.path", tmp_path / "data.jsonl")
@@ -178,5 +179,4 @@ def test_a_second_run_reuses_compiled_programs_and_gets_the_same_bits(tmp_path, 
         command("sft.py", *flags, "--out", tmp_path / name)
         models.append((tmp_path / name / "model/model.safetensors").read_bytes())
         programs.append({path.name: path.stat().st_mtime_ns for path in (tmp_path / "programs").iterdir()})
-    assert any(name.startswith("jit_train_step") for name in programs[0]) and models[0] == models[1]
-    assert programs[0].items() <= programs[1].items()  # which programs take long enough to be kept varies
+    assert programs[0] and programs[0] == programs[1] and models[0] == models[1]

@@ -98,12 +98,10 @@ def test_a_run_can_be_resumed_unless_the_records_of_its_store_changed(tmp_path):
 @pytest.fixture
 def without_programs():
     """JAX without a folder of compiled programs, which is restored at the end."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
+    before = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     jax.config.update("jax_compilation_cache_dir", None)
     yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+    jax.config.update("jax_compilation_cache_dir", before)
 
 
 def test_programs_are_kept_beside_the_run_unless_a_folder_is_given(tmp_path, without_programs):
