@@ -145,7 +145,7 @@ def create(path: pathlib.Path, settings: RunSettings) -> RunFolder:
 
 
 def _open(path: pathlib.Path, settings: RunSettings) -> RunFolder:
-    if settings.compute.reuse_programs:
+    if getattr(settings.compute, "reuse_programs", True):  # commands that train nothing have no such flag
         reuse_programs(path)
     return RunFolder(path, open_log(path, settings))
 
