@@ -81,6 +81,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from rlhf_jax.report import plots
+
 
 def run(settings: ClaimsSettings) -> list[dict[str, Any]]:
     """Runs the claims and returns the contents of their JSON files."""
@@ -127,7 +129,7 @@ def _run_claims(settings: ClaimsSettings, folder: pathlib.Path, out: Console) ->
                 measured_S = [done[other].measured for other in own]
                 if settings.null:
                     results["null_rate"] = claim_results.null_rate(claim, measured_S, shuffles=400)
-                (folder / f"{claim.id}.svg").write_text(claim.plot(measured_S))
+                (folder / f"{claim.id}.svg").write_text(plots.standalone(claim.plot(measured_S)))
                 (folder / f"{claim.id}.json").write_text(json.dumps(results, indent=2) + "\n")
                 progress.console.print(f"{claim.id} {results['verdict']}: {claim.claim}", soft_wrap=True)
 

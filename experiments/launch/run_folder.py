@@ -145,15 +145,15 @@ def create(path: pathlib.Path, settings: RunSettings) -> RunFolder:
 
 
 def _open(path: pathlib.Path, settings: RunSettings) -> RunFolder:
-    if getattr(settings.compute, "reuse_programs", True):  # commands that train nothing have no such flag
+    if settings.reuse_programs:
         reuse_programs(path)
     return RunFolder(path, open_log(path, settings))
 
 
 def reuse_programs(path: pathlib.Path) -> None:
-    """Makes JAX keep compiled programs beside the run folder ``path``, unless it already keeps them elsewhere.
+    """Sets JAX's compilation cache to a folder beside the run folder ``path``, unless a cache is already set.
 
-    A program from that folder is run as it is. The folder is therefore used only if nobody else can write to it.
+    JAX runs cached programs without checking them, so the folder is used only if nobody else can write to it.
     """
     folder = path.absolute().parent / PROGRAMS
     if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]

@@ -52,9 +52,6 @@ class TrainCompute(Compute):
     remat: Literal["none", "dots", "full"] = "none"
     """Activations that are computed again in the backward pass to save memory: none, all except the results of matrix
     products (`dots`), or all (`full`)."""
-    reuse_programs: bool = True
-    """Keep compiled programs in the folder `programs` beside the run folder, so that later runs with equal sizes start
-    faster. JAX_COMPILATION_CACHE_DIR, if set, replaces this folder."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +92,9 @@ class RunSettings:
     log: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     """Where to log the metrics in addition to metrics.jsonl. With `wandb`, WANDB_MODE=offline logs without a network.
     A resumed run continues the run of the service."""
+    reuse_programs: bool = True
+    """Keep compiled programs in the folder `programs` beside the run folder; later runs with the same shapes load them
+    and start faster. JAX_COMPILATION_CACHE_DIR, if set, replaces this folder."""
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     compute: TrainCompute = dataclasses.field(default_factory=TrainCompute)
 

@@ -191,14 +191,23 @@ def agreement(
 
     Args:
         labels: Labels of the judge.
-        first_is_better_N: bool, the other labels.
+        first_is_better_N: bool, the other labels, one for each label of the judge.
         clusters: What each pair asks, such as its conversation: pairs that ask the same are not independent. None if
             all pairs are independent.
+
+    Raises:
+        ValueError: The other labels are not bool, or their number differs from that of the judge's labels.
     """
     from rlhf_jax.diagnostics import intervals  # whose scipy takes a second to import, which a store need not wait for
 
+    other_N = np.asarray(first_is_better_N)
+    if other_N.dtype != bool or other_N.shape != labels.preference_N.shape:
+        raise ValueError(
+            f"first_is_better_N must be bool of shape {labels.preference_N.shape}, got {other_N.dtype} of shape "
+            f"{other_N.shape}; leave out ties and unlabelled pairs, and compare probabilities with 0.5"
+        )
     known_N = ~np.isnan(labels.preference_N)
-    preference_N, first_N = labels.preference_N[known_N], np.asarray(first_is_better_N, bool)[known_N]
+    preference_N, first_N = labels.preference_N[known_N], other_N[known_N]
     right_N = np.where(is_tie(preference_N), 0.5, (preference_N > 0.5) == first_N)
     if clusters is None:
         return intervals.outcome_rate(right_N)

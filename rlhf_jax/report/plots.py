@@ -119,6 +119,12 @@ def _svg(figure: Figure) -> str:
     return opening + text[size.end() :]
 
 
+def standalone(svg: str) -> str:
+    """Returns the SVG of a plot as a file of its own, or for a page without the CSS variables, in the light colours."""
+    svg = svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+    return re.sub(r"var\(--(\w+)\)", lambda match: COLORS[match[1]][0], svg)
+
+
 def _tag(tag: str, *, prefix: str) -> str:
     """Adapts one SVG tag to the page: unique ids, fewer digits, CSS variables for colours."""
     if tag.startswith("<g id="):
@@ -380,6 +386,15 @@ def point(
     text, bounds = results_lib.format_parts(value, percent=scale == 100, digits=digits)
     text += f" ({bounds})" if bounds else ""
     ax.text(1.02, y, text, transform=ax.get_yaxis_transform(), va="center", fontsize=7.5, color=color("soft"))
+
+
+def log_x(ax: Axes) -> None:
+    """Makes the x axis logarithmic, with plain numbers at its major ticks."""
+    from matplotlib.ticker import NullFormatter
+
+    ax.set_xscale("log")
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter(NullFormatter())
 
 
 def label_rows(ax: Axes, labels: Sequence[str]) -> None:

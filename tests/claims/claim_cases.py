@@ -20,7 +20,8 @@ def check_effects(module: Any, simulate: Simulate) -> None:
     for effect, verdict in ((1, "shown"), (-1, "refuted")):
         measured_S = [simulate(rng, effect) for _ in range(SEEDS)]
         assert verdicts.overall(module.decide(measured_S)) == verdict, module.decide(measured_S)
-        assert module.plot(measured_S).startswith("<svg")
+        svg = module.plot(measured_S)
+        assert svg.startswith("<svg") and "$" not in svg, "LaTeX in a label"
     claim_results.null_rate(module.CLAIM, measured_S, shuffles=3)
 
 

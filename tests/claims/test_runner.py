@@ -11,6 +11,8 @@ import claims
 import pytest
 from claims import catalogue, claim_report, claim_results, runner
 
+from rlhf_jax.report import plots
+
 
 def run_quickly(folder, work, processes=1):
     done = {}
@@ -42,10 +44,11 @@ def test_a_claim_is_measured_once_and_reported(tmp_path, monkeypatch):
     assert decided["verdict"] == "not shown" and decided["ci"] == [None, None]  # one seed gives no interval
     assert decided["seconds"] == first.seconds
     (tmp_path / "C41.json").write_text(json.dumps(decided))
-    (tmp_path / "C41.svg").write_text(claim.plot([first.measured]))
+    (tmp_path / "C41.svg").write_text(plots.standalone(claim.plot([first.measured])))
     assert claim_results.read(tmp_path) == [decided]
     page = claim_report.write(tmp_path, [decided]).read_text()
     assert claim.claim in page and "<svg" in page and "verdicts mean nothing" in page
+    assert "var(--" not in page, "the page defines no variables"
     table = (tmp_path / "table.md").read_text()
     assert "| not shown |" in table and table.endswith(
         "Seeds 100 to 100; " + decided["date"] + "; commit 0123456789.\n"

@@ -136,9 +136,9 @@ ALTERNATIVES: dict[str, Any] = {
 """Other values of settings for which half, twice, the next number or the next choice is not possible."""
 ELSEWHERE = {"model", "preset", "published", "resume", "data.path", "out", "template.options", "template.date"}
 ELSEWHERE |= {"data.demonstrations", "data.prompts", "data.pretraining", "stop_after"}  # test_recipe_files.py
-ELSEWHERE |= {"from_run", "compute.reuse_programs"}
+ELSEWHERE |= {"from_run", "reuse_programs"}
 """Settings that are covered by the tests at the end of this file, as are --mesh and, in instructgpt.py, --hosts; those
-of --template are covered in test_initial_model.py, --from-run in test_sweep.py, and --compute.reuse-programs in
+of --template are covered in test_initial_model.py, --from-run in test_sweep.py, and --reuse-programs in
 test_run_folder.py."""
 WITHOUT_EFFECT = {
     ("dpo", "ppo.minibatches"): "must divide --ppo.batch, with which it may have to be changed",

@@ -63,6 +63,13 @@ def test_a_tie_is_one_half_up_to_rounding():
     assert feedback.agreement(labels, [True] * 5).mean == pytest.approx((0.5 * 3 + 1) / 4)
 
 
+@pytest.mark.parametrize("other", [[0.6] * 10, [1] * 10, [np.nan] * 10, [True] * 9, [[True] * 10]])
+def test_agreement_refuses_what_is_not_one_bool_for_each_label(other):
+    labels = feedback.label(PAIRS, FakeJudge(prefers_good), principle=PRINCIPLE)
+    with pytest.raises(ValueError, match=r"must be bool of shape \(10,\)"):
+        feedback.agreement(labels, other)
+
+
 def test_the_interval_of_the_agreement_is_that_of_the_clusters():
     labels = feedback.label(PAIRS, FakeJudge(prefers_good), principle=PRINCIPLE)
     right = [True] * 7 + [False] * 3

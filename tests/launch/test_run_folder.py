@@ -5,7 +5,7 @@ import os
 
 import jax
 import pytest
-from launch import config_file, folder_lock, initial_model, run_folder, run_settings
+from launch import config_file, folder_lock, initial_model, run_folder
 from launch.settings import SettingError, Settings
 
 from rlhf_jax.feedback import store
@@ -114,8 +114,7 @@ def test_programs_are_kept_beside_the_run_unless_a_folder_is_given(tmp_path, wit
 
 @pytest.mark.parametrize("reuse", [True, False])
 def test_a_flag_makes_each_run_compile_its_programs(tmp_path, reuse, without_programs):
-    compute = run_settings.TrainCompute(reuse_programs=reuse)
-    run_folder.create(tmp_path / "run", Settings(compute=compute))
+    run_folder.create(tmp_path / "run", Settings(reuse_programs=reuse))
     folder_lock.release_all()
     assert (tmp_path / "programs").exists() == reuse
 

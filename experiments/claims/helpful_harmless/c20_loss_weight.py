@@ -72,7 +72,7 @@ def plot(measured_S: Sequence[Measured]) -> str:
             for domain, color in (("helpful", "sft"), ("harmless", "ppo")):
                 accuracy_L = np.mean([[each[size][f"{w:g}"][domain] for w in LAMBDAS] for each in measured_S], axis=0)
                 ax.plot(LAMBDAS, accuracy_L, style, marker="o", color=plots.color(color), label=f"{size}, {domain}")
-        ax.set_xscale("log")
+        plots.log_x(ax)
         ax.set_xticks(LAMBDAS, [f"{w:g}" for w in LAMBDAS])
         ax.set_xlabel("weight of a harmlessness pair (lambda)")
         ax.set_ylabel("accuracy")

@@ -61,7 +61,7 @@ def plot(measured_S: Sequence[Measured]) -> str:
         for name, color in zip(ARMS, ("ppo", "sft")):
             x, y = ([measured[name][each] for measured in measured_S] for each in ("approx_kl", "clip_fraction"))
             ax.plot(x, y, "o", color=plots.color(color), label=name)
-        ax.set_xscale("log")
+        plots.log_x(ax)
         ax.set_xlabel("approximate KL of the update")
         ax.set_ylabel("share of clipped tokens")
         ax.legend()
