@@ -108,6 +108,7 @@ def test_programs_are_kept_beside_the_run_unless_a_folder_is_given(tmp_path, wit
     run_folder.reuse_programs(tmp_path / "run")
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "programs")  # type: ignore[attr-defined]
     assert (tmp_path / "programs").stat().st_mode & 0o777 == 0o700
+    (tmp_path / "other").mkdir()
     run_folder.reuse_programs(tmp_path / "other/run")
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "programs")  # type: ignore[attr-defined]
 
